@@ -1,0 +1,654 @@
+"""Gaussian diffusion over discrete time: tables, q, p, losses, DDPM and DDIM sampling.
+
+DDPM: arXiv 2006.11239. DDIM: arXiv 2010.02502. IDDPM: arXiv 2102.09672.
+
+Notation: ``x_start`` is the data x_0, ``x_t`` the data after t + 1 noising steps (the index t runs
+from 0 to T - 1), ``alpha_bar`` the cumulative product of 1 - beta. See docs/notation.md.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .rng import Generator, randn, randn_like
+from .schedules import betas_for_alpha_bar, get_named_beta_schedule
+from .tables import _extract_into_tensor, read_only
+
+__all__ = [
+    "GaussianDiffusion",
+    "LossType",
+    "ModelMeanType",
+    "ModelVarType",
+    "betas_for_alpha_bar",
+    "get_named_beta_schedule",
+]
+
+Model = Callable[..., Tensor]
+Denoised = Callable[[Tensor], Tensor] | None
+ModelKwargs = dict[str, Any] | None
+
+
+class ModelMeanType(enum.Enum):
+    """What the network predicts."""
+
+    PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
+    START_X = enum.auto()  # x_0
+    EPSILON = enum.auto()  # the noise
+
+
+class ModelVarType(enum.Enum):
+    """The variance of p(x_{t-1} | x_t).
+
+    LEARNED and LEARNED_RANGE double the network's output channels; LEARNED_RANGE interpolates
+    between FIXED_SMALL and FIXED_LARGE in the log domain.
+    """
+
+    LEARNED = enum.auto()
+    FIXED_SMALL = enum.auto()  # beta-tilde, the posterior's
+    FIXED_LARGE = enum.auto()  # beta
+    LEARNED_RANGE = enum.auto()
+
+
+class LossType(enum.Enum):
+    """What training minimises."""
+
+    MSE = enum.auto()  # L_simple, plus the bound if the variance is learned
+    RESCALED_MSE = enum.auto()  # the same with the bound scaled by T / 1000: L_hybrid
+    KL = enum.auto()  # one term of the variational bound
+    RESCALED_KL = enum.auto()  # that term times T, an estimate of the whole bound
+
+    def is_vb(self) -> bool:
+        """Whether the loss is the variational bound."""
+        return self in (LossType.KL, LossType.RESCALED_KL)
+
+
+class GaussianDiffusion:
+    """The forward process q, the reverse process p, training losses and samplers.
+
+    A model is any callable ``model(x, t, **model_kwargs)`` from [N, C, ...] and [N] to
+    [N, C, ...], or to [N, 2 C, ...] when the variance is learned: mean first.
+
+    The tables are float64 arrays of shape [T], read-only: derive a new process to change them.
+
+    :param betas: T noise levels, each in (0, 1].
+    :param model_mean_type: what the model predicts.
+    :param model_var_type: how the variance of p is found.
+    :param loss_type: what :meth:`training_losses` returns under "loss".
+    :param rescale_timesteps: pass the model float timesteps scaled to 0 ... 1000.
+    :raises ValueError: unless the betas are a one-dimensional, non-empty sequence in (0, 1].
+    """
+
+    def __init__(
+        self,
+        *,
+        betas: Sequence[float] | np.ndarray,
+        model_mean_type: ModelMeanType,
+        model_var_type: ModelVarType,
+        loss_type: LossType,
+        rescale_timesteps: bool = False,
+    ) -> None:
+        self.model_mean_type = model_mean_type
+        self.model_var_type = model_var_type
+        self.loss_type = loss_type
+        self.rescale_timesteps = rescale_timesteps
+
+        betas = np.array(betas, dtype=np.float64)  # float64: products over T steps lose digits
+        if betas.ndim != 1 or not len(betas):
+            raise ValueError(f"betas must be a non-empty 1-D sequence, not of shape {betas.shape}")
+        if not ((betas > 0) & (betas <= 1)).all():
+            raise ValueError("betas must lie in (0, 1]")
+        self.num_timesteps = len(betas)
+        self._make_tables(betas)
+
+    def _make_tables(self, betas: np.ndarray) -> None:
+        alphas = 1.0 - betas
+        alphas_cumprod = np.cumprod(alphas)
+        self.betas = betas
+        self.alphas_cumprod = alphas_cumprod
+        self.alphas_cumprod_prev = np.append(1.0, alphas_cumprod[:-1])
+        self.alphas_cumprod_next = np.append(alphas_cumprod[1:], 0.0)
+
+        # q(x_t | x_0), DDPM eq. 4, and its inverse
+        self.sqrt_alphas_cumprod = np.sqrt(alphas_cumprod)
+        self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - alphas_cumprod)
+        self.log_one_minus_alphas_cumprod = np.log(1.0 - alphas_cumprod)
+        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod)
+        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod - 1)
+
+        # q(x_{t-1} | x_t, x_0), DDPM eq. 7
+        alphas_cumprod_prev = self.alphas_cumprod_prev
+        self.posterior_variance = betas * (1.0 - alphas_cumprod_prev) / (1.0 - alphas_cumprod)
+        self.posterior_log_variance_clipped = np.log(
+            self._replace_first(self.posterior_variance, betas)
+        )
+        self.posterior_mean_coef1 = betas * np.sqrt(alphas_cumprod_prev) / (1.0 - alphas_cumprod)
+        self.posterior_mean_coef2 = (
+            (1.0 - alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - alphas_cumprod)
+        )
+
+        # The variances that p can take, as tables
+        self._log_betas = np.log(betas)
+        self._fixed_large_variance = self._replace_first(betas, betas)
+        self._fixed_large_log_variance = np.log(self._fixed_large_variance)
+        for table in vars(self).values():
+            if isinstance(table, np.ndarray):
+                read_only(table)
+
+    def _replace_first(self, table: np.ndarray, betas: np.ndarray) -> np.ndarray:
+        """``table`` with its entry at t = 0 replaced by the posterior variance at t = 1.
+
+        The posterior variance at t = 0 is 0, which has no logarithm. A process of one step has
+        no t = 1: its beta is used.
+        """
+        first = self.posterior_variance[1] if self.num_timesteps > 1 else betas[0]
+        return np.append(first, table[1:])
+
+    # -- the forward process ------------------------------------------------------------------
+
+    def q_mean_variance(self, x_start: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments of q(x_t | x_0), DDPM eq. 4.
+
+        :param x_start: [N, C, ...] data.
+        :param t: [N] timesteps.
+        :return: mean, variance, log-variance, each of the shape of ``x_start``.
+        """
+        mean = _extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+        log_variance = _extract_into_tensor(self.log_one_minus_alphas_cumprod, t, x_start.shape)
+        sigma = _extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape)
+        return mean, sigma**2, log_variance
+
+    def q_sample(self, x_start: Tensor, t: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Draw x_t from q(x_t | x_0), DDPM eq. 4.
+
+        :param x_start: [N, C, ...] data.
+        :param t: [N] timesteps.
+        :param noise: [N, C, ...] standard normal noise, drawn if None.
+        :return: [N, C, ...] x_t.
+        """
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        assert noise.shape == x_start.shape
+        return (
+            _extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
+            + _extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
+        )
+
+    def q_posterior_mean_variance(
+        self, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Moments of q(x_{t-1} | x_t, x_0), DDPM eqs. 6 and 7.
+
+        :return: mean, variance, log-variance (clipped at t = 0), each [N, C, ...].
+        """
+        assert x_start.shape == x_t.shape
+        mean = (
+            _extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
+            + _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
+        )
+        variance = _extract_into_tensor(self.posterior_variance, t, x_t.shape)
+        log_variance = _extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
+        return mean, variance, log_variance
+
+    # -- the reverse process ------------------------------------------------------------------
+
+    def p_mean_variance(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+    ) -> dict[str, Tensor]:
+        """Moments of p(x_{t-1} | x_t) and the model's estimate of x_0.
+
+        :param model: see the class.
+        :param x: [N, C, ...] x_t.
+        :param t: [N] timesteps.
+        :param clip_denoised: clamp the estimate of x_0 to [-1, 1].
+        :param denoised_fn: applied to the estimate of x_0 before clamping.
+        :param model_kwargs: keyword arguments for the model, such as class labels ``y``.
+        :return: "mean", "variance", "log_variance", "pred_xstart", each [N, C, ...].
+        """
+        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        output, variance, log_variance = self._p_variance(output, x, t)
+
+        def process(x_start: Tensor) -> Tensor:
+            if denoised_fn is not None:
+                x_start = denoised_fn(x_start)
+            return x_start.clamp(-1, 1) if clip_denoised else x_start
+
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            mean = output
+            pred_xstart = process(self._predict_xstart_from_xprev(x_t=x, t=t, xprev=output))
+        else:
+            if self.model_mean_type == ModelMeanType.EPSILON:
+                output = self._predict_xstart_from_eps(x_t=x, t=t, eps=output)
+            pred_xstart = process(output)
+            mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
+
+        assert mean.shape == log_variance.shape == pred_xstart.shape == x.shape
+        return {
+            "mean": mean,
+            "variance": variance,
+            "log_variance": log_variance,
+            "pred_xstart": pred_xstart,
+        }
+
+    def _p_variance(
+        self, model_output: Tensor, x: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Split off the variance that the model learned, or look up the fixed one.
+
+        :return: the model's prediction, the variance and its logarithm, each [N, C, ...].
+        """
+        if self._learns_variance:
+            assert model_output.shape == (x.shape[0], 2 * x.shape[1], *x.shape[2:])
+            model_output, values = model_output.chunk(2, dim=1)
+            if self.model_var_type == ModelVarType.LEARNED:
+                log_variance = values
+            else:
+                low = _extract_into_tensor(self.posterior_log_variance_clipped, t, x.shape)
+                high = _extract_into_tensor(self._log_betas, t, x.shape)
+                v = (values + 1) / 2  # from [-1, 1]
+                log_variance = v * high + (1 - v) * low  # IDDPM eq. 15
+            return model_output, log_variance.exp(), log_variance
+        variance, log_variance = {
+            ModelVarType.FIXED_LARGE: (self._fixed_large_variance, self._fixed_large_log_variance),
+            ModelVarType.FIXED_SMALL: (
+                self.posterior_variance,
+                self.posterior_log_variance_clipped,
+            ),
+        }[self.model_var_type]
+        return (
+            model_output,
+            _extract_into_tensor(variance, t, x.shape),
+            _extract_into_tensor(log_variance, t, x.shape),
+        )
+
+    @property
+    def _learns_variance(self) -> bool:
+        return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+
+    def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        """DDPM eq. 4 solved for x_0."""
+        assert x_t.shape == eps.shape
+        return (
+            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
+            - _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * eps
+        )
+
+    def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
+        """The posterior mean, DDPM eq. 7, solved for x_0."""
+        assert x_t.shape == xprev.shape
+        coef1 = _extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape)
+        coef2 = _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape)
+        return (xprev - coef2 * x_t) / coef1
+
+    def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
+        """DDPM eq. 4 solved for the noise."""
+        return (
+            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - pred_xstart
+        ) / _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
+
+    def _scale_timesteps(self, t: Tensor) -> Tensor:
+        """The timesteps as the model sees them, [N]."""
+        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+
+    # -- sampling -----------------------------------------------------------------------------
+
+    def p_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        generator: Generator = None,
+    ) -> dict[str, Tensor]:
+        """Draw x_{t-1} from p(x_{t-1} | x_t): DDPM Algorithm 2.
+
+        :param generator: a torch.Generator, or one per sample; None for torch's global one.
+        :return: "sample" and "pred_xstart", each [N, C, ...].
+        """
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        noise = randn_like(x, generator)
+        sigma = torch.exp(0.5 * out["log_variance"])
+        sample = out["mean"] + _nonzero_mask(t, x) * sigma * noise
+        return {"sample": sample, "pred_xstart": out["pred_xstart"]}
+
+    def p_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        generator: Generator = None,
+    ) -> Tensor:
+        """Draw samples by DDPM Algorithm 2.
+
+        :param model: see the class.
+        :param shape: (N, C, ...) of the samples.
+        :param noise: [N, C, ...] x_T, drawn if None.
+        :param clip_denoised: clamp each estimate of x_0 to [-1, 1].
+        :param denoised_fn: applied to each estimate of x_0 before clamping.
+        :param model_kwargs: keyword arguments for the model.
+        :param device: where to sample; that of the model's parameters if None.
+        :param progress: show a tqdm bar over the timesteps.
+        :param generator: a torch.Generator, or one per sample; None for torch's global one.
+        :return: [N, C, ...] samples.
+        """
+        steps = self.p_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress,
+            **_given(generator=generator),
+        )  # fmt: skip
+        return _last(steps)["sample"]
+
+    def p_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        generator: Generator = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Like :meth:`p_sample_loop`, yielding the dict of :meth:`p_sample` at every step."""
+
+        def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+            return self.p_sample(
+                model, x, t, clip_denoised, denoised_fn, model_kwargs, **_given(generator=generator)
+            )
+
+        yield from self._sample_loop(step, model, shape, noise, device, progress, generator)
+
+    def ddim_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        eta: float = 0.0,
+        generator: Generator = None,
+    ) -> dict[str, Tensor]:
+        """One step from x_t to x_{t-1}, DDIM eq. 12.
+
+        :param eta: 0 is deterministic, 1 has the variance of DDPM's posterior (DDIM eq. 16).
+        :param generator: a torch.Generator, or one per sample; None for torch's global one.
+        :return: "sample" and "pred_xstart", each [N, C, ...].
+        """
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        pred_xstart = out["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, pred_xstart)  # clamping changed x_0
+        alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
+        alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
+        sigma = (  # DDIM eq. 16
+            eta
+            * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
+            * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
+        )
+        noise = randn_like(x, generator)  # drawn for eta = 0 too: the same draws for every eta
+        mean = (
+            pred_xstart * torch.sqrt(alpha_bar_prev)
+            + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
+        )
+        sample = mean + _nonzero_mask(t, x) * sigma * noise
+        return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def ddim_reverse_sample(
+        self,
+        model: Model,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        eta: float = 0.0,
+    ) -> dict[str, Tensor]:
+        """One step from x_t to x_{t+1} along DDIM's deterministic path (DDIM section 4.3).
+
+        :param eta: must be 0: only the deterministic path can be followed backwards.
+        :return: "sample" (x_{t+1}) and "pred_xstart", each [N, C, ...].
+        :raises ValueError: for any other eta.
+        """
+        if eta != 0.0:
+            raise ValueError(f"ddim_reverse_sample follows the path of eta = 0, not {eta}")
+        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        pred_xstart = out["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, pred_xstart)
+        alpha_bar_next = _extract_into_tensor(self.alphas_cumprod_next, t, x.shape)
+        sample = pred_xstart * torch.sqrt(alpha_bar_next) + torch.sqrt(1 - alpha_bar_next) * eps
+        return {"sample": sample, "pred_xstart": pred_xstart}
+
+    def ddim_sample_loop(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        generator: Generator = None,
+    ) -> Tensor:
+        """Draw samples by DDIM; the arguments of :meth:`p_sample_loop` and ``eta``.
+
+        :return: [N, C, ...] samples.
+        """
+        steps = self.ddim_sample_loop_progressive(
+            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta,
+            **_given(generator=generator),
+        )  # fmt: skip
+        return _last(steps)["sample"]
+
+    def ddim_sample_loop_progressive(
+        self,
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None = None,
+        clip_denoised: bool = True,
+        denoised_fn: Denoised = None,
+        model_kwargs: ModelKwargs = None,
+        device: torch.device | str | None = None,
+        progress: bool = False,
+        eta: float = 0.0,
+        generator: Generator = None,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Like :meth:`ddim_sample_loop`, yielding the dict of :meth:`ddim_sample` at every step."""
+
+        def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
+            return self.ddim_sample(
+                model, x, t, clip_denoised, denoised_fn, model_kwargs, eta,
+                **_given(generator=generator),
+            )  # fmt: skip
+
+        yield from self._sample_loop(step, model, shape, noise, device, progress, generator)
+
+    def _sample_loop(
+        self,
+        step: Callable[[Tensor, Tensor], dict[str, Tensor]],
+        model: Model,
+        shape: Sequence[int],
+        noise: Tensor | None,
+        device: torch.device | str | None,
+        progress: bool,
+        generator: Generator,
+    ) -> Iterator[dict[str, Tensor]]:
+        """Run ``step`` from t = T - 1 down to 0 without gradients."""
+        if device is None:
+            device = next(model.parameters()).device  # type: ignore[attr-defined]
+        x = noise if noise is not None else randn(shape, generator, device)
+        timesteps: Iterable[int] = range(self.num_timesteps - 1, -1, -1)
+        if progress:
+            from tqdm.auto import tqdm  # here, as importing the package needs torch and NumPy only
+
+            timesteps = tqdm(timesteps)
+        for i in timesteps:
+            t = torch.full((shape[0],), i, device=device)  # [N]
+            with torch.no_grad():
+                out = step(x, t)
+            yield out
+            x = out["sample"]
+
+    # -- losses -------------------------------------------------------------------------------
+
+    def training_losses(
+        self,
+        model: Model,
+        x_start: Tensor,
+        t: Tensor,
+        model_kwargs: ModelKwargs = None,
+        noise: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """The training loss at one timestep per image.
+
+        :param model: see the class.
+        :param x_start: [N, C, ...] data in [-1, 1].
+        :param t: [N] timesteps.
+        :param model_kwargs: keyword arguments for the model.
+        :param noise: [N, C, ...] standard normal noise, drawn if None.
+        :return: "loss" [N]; with a mean squared error also "mse" [N], and "vb" [N] (the bound's
+            term as weighted in the loss, bits/dim) if the variance is learned.
+        """
+        if noise is None:
+            noise = torch.randn_like(x_start)
+        x_t = self.q_sample(x_start, t, noise=noise)
+        if self.loss_type.is_vb():
+            bound = self._vb_terms_bpd(
+                model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs
+            )["output"]
+            scale = self.num_timesteps if self.loss_type == LossType.RESCALED_KL else 1
+            return {"loss": scale * bound}
+
+        terms = {}
+        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        if self._learns_variance:
+            terms["vb"] = self._variance_loss(output, x_start, x_t, t)
+            output, _ = output.chunk(2, dim=1)
+        target = {
+            ModelMeanType.PREVIOUS_X: lambda: self.q_posterior_mean_variance(x_start, x_t, t)[0],
+            ModelMeanType.START_X: lambda: x_start,
+            ModelMeanType.EPSILON: lambda: noise,
+        }[self.model_mean_type]()
+        assert output.shape == target.shape == x_start.shape
+        terms["mse"] = mean_flat((target - output) ** 2)
+        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        return terms
+
+    def _variance_loss(
+        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """The bound's term as it trains the variance alone: IDDPM section 3.1, eq. 16.
+
+        :return: [N] bits/dim; times T / 1000 for RESCALED_MSE, so that the sum over the timesteps
+            weighs the same against the mean squared error whatever T.
+        """
+        mean, values = model_output.chunk(2, dim=1)
+        frozen = torch.cat([mean.detach(), values], dim=1)
+        bound = self._vb_terms_bpd(
+            lambda *_: frozen, x_start=x_start, x_t=x_t, t=t, clip_denoised=False
+        )["output"]
+        return bound * (
+            self.num_timesteps / 1000.0 if self.loss_type == LossType.RESCALED_MSE else 1.0
+        )
+
+    def _vb_terms_bpd(
+        self,
+        model: Model,
+        x_start: Tensor,
+        x_t: Tensor,
+        t: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: ModelKwargs = None,
+    ) -> dict[str, Tensor]:
+        """One term of the variational bound, DDPM eq. 5: L_{t-1}, or L_0 where t = 0.
+
+        :return: "output" [N] in bits/dim; "pred_xstart" [N, C, ...].
+        """
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        out = self.p_mean_variance(
+            model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
+        )
+        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
+        decoder_nll = -discretized_gaussian_log_likelihood(
+            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
+        )
+        output = torch.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2)
+        return {"output": output, "pred_xstart": out["pred_xstart"]}
+
+    def _prior_bpd(self, x_start: Tensor) -> Tensor:
+        """KL(q(x_T | x_0) || N(0, 1)), the term L_T of DDPM eq. 5, [N] in bits/dim."""
+        t = torch.full((x_start.shape[0],), self.num_timesteps - 1, device=x_start.device)
+        mean, _, log_variance = self.q_mean_variance(x_start, t)
+        return mean_flat(normal_kl(mean, log_variance, 0.0, 0.0)) / math.log(2)
+
+    def calc_bpd_loop(
+        self,
+        model: Model,
+        x_start: Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: ModelKwargs = None,
+    ) -> dict[str, Tensor]:
+        """The whole variational bound, DDPM eq. 5, and errors at every timestep.
+
+        Evaluates the model at T timesteps, the last first.
+
+        :param x_start: [N, C, ...] data in [-1, 1].
+        :return: "total_bpd" [N] and "prior_bpd" [N], the bound and its term L_T in bits/dim; and
+            per timestep, with t = T - 1 in the first column, "vb" [N, T] in bits/dim and the mean
+            squared errors "xstart_mse" [N, T] and "mse" [N, T] of x_0 and of the noise.
+        """
+        columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+        for i in range(self.num_timesteps - 1, -1, -1):
+            t = torch.full((x_start.shape[0],), i, device=x_start.device)
+            noise = torch.randn_like(x_start)
+            x_t = self.q_sample(x_start, t, noise=noise)
+            with torch.no_grad():
+                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+            eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
+            columns["vb"].append(out["output"])
+            columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))
+            columns["mse"].append(mean_flat((eps - noise) ** 2))
+
+        terms = {name: torch.stack(column, dim=1) for name, column in columns.items()}  # [N, T]
+        prior_bpd = self._prior_bpd(x_start)
+        return {
+            "total_bpd": terms["vb"].sum(dim=1) + prior_bpd,
+            "prior_bpd": prior_bpd,
+            **terms,
+        }
+
+
+def _nonzero_mask(t: Tensor, like: Tensor) -> Tensor:
+    """1 where t > 0 and 0 where t = 0, as [N, 1, ...]: the last step adds no noise."""
+    return (t != 0).to(like.dtype).view(-1, *[1] * (like.ndim - 1))
+
+
+def _given(**optional: Any) -> dict[str, Any]:
+    """The arguments that are not None: subclasses that override a step without them still work."""
+    return {name: value for name, value in optional.items() if value is not None}
+
+
+def _last(steps: Iterator[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return deque(steps, maxlen=1)[0]

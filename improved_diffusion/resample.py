@@ -1,0 +1,151 @@
+"""Which timesteps a training batch gets: uniform, or by importance (IDDPM section 3.3)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import UserError
+from .gaussian_diffusion import GaussianDiffusion
+
+
+class ScheduleSampler(ABC):
+    """A distribution over timesteps.
+
+    Losses are reweighted by the inverse probability, so that their mean stays unbiased whatever
+    the distribution; its choice only changes their variance.
+    """
+
+    @abstractmethod
+    def weights(self) -> np.ndarray:
+        """Positive weights of the timesteps, float64 [T]; they need not sum to one."""
+
+    def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
+        """Draw timesteps from NumPy's global generator.
+
+        :return: timesteps, int64 [N], and the weights 1 / (T p_t) of their losses, float32 [N].
+        """
+        w = self.weights()
+        p = w / np.sum(w)
+        indices = np.random.choice(len(p), size=(batch_size,), p=p)
+        weights = 1 / (len(p) * p[indices])
+        return (
+            torch.from_numpy(indices).long().to(device),
+            torch.from_numpy(weights).float().to(device),
+        )
+
+
+class UniformSampler(ScheduleSampler):
+    """Every timestep alike."""
+
+    def __init__(self, diffusion: GaussianDiffusion) -> None:
+        self.diffusion = diffusion
+        self._weights = np.ones([diffusion.num_timesteps])
+
+    def weights(self) -> np.ndarray:
+        """Ones, [T]."""
+        return self._weights
+
+
+class LossAwareSampler(ScheduleSampler):
+    """A distribution that follows the losses seen in training, alike on every process."""
+
+    def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
+        """Gather the losses of all processes, then call :meth:`update_with_all_losses`.
+
+        Every process of the group must call it; the batches may differ in size.
+
+        :param local_ts: int64 [N] timesteps of this process.
+        :param local_losses: [N] their losses.
+        """
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            self.update_with_all_losses(local_ts.tolist(), local_losses.tolist())
+            return
+        world_size = dist.get_world_size()
+        size = torch.tensor([len(local_ts)], device=local_ts.device)
+        sizes = [torch.zeros_like(size) for _ in range(world_size)]
+        dist.all_gather(sizes, size)
+        largest = max(int(n) for n in sizes)
+
+        # all_gather wants equal shapes: pad, and cut after; float64 holds timesteps exactly
+        rows = torch.zeros(2, largest, dtype=torch.float64, device=local_ts.device)
+        rows[0, : len(local_ts)] = local_ts
+        rows[1, : len(local_ts)] = local_losses
+        gathered = [torch.zeros_like(rows) for _ in range(world_size)]
+        dist.all_gather(gathered, rows)
+        pairs = torch.cat([g[:, : int(n)] for g, n in zip(gathered, sizes, strict=True)], dim=1)
+        self.update_with_all_losses([int(t) for t in pairs[0].tolist()], pairs[1].tolist())
+
+    @abstractmethod
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """Take note of losses; deterministic, as every process does it on its own.
+
+        :param ts: timesteps.
+        :param losses: the loss at each.
+        """
+
+
+class LossSecondMomentResampler(LossAwareSampler):
+    """Timesteps in proportion to the root of their mean squared loss: IDDPM eq. 18.
+
+    :param history_per_term: how many losses of each timestep to remember; uniform until each
+        timestep has as many.
+    :param uniform_prob: the share of uniform sampling mixed in.
+    """
+
+    def __init__(
+        self,
+        diffusion: GaussianDiffusion,
+        history_per_term: int = 10,
+        uniform_prob: float = 0.001,
+    ) -> None:
+        self.diffusion = diffusion
+        self.history_per_term = history_per_term
+        self.uniform_prob = uniform_prob
+        self._loss_history = np.zeros([diffusion.num_timesteps, history_per_term])
+        self._loss_counts = np.zeros([diffusion.num_timesteps], dtype=np.int64)
+
+    def weights(self) -> np.ndarray:
+        """Ones until every timestep's history is full, then probabilities, [T]."""
+        if not self._warmed_up():
+            return np.ones_like(self._loss_counts, dtype=np.float64)
+        weights = np.sqrt(np.mean(self._loss_history**2, axis=-1))
+        weights /= np.sum(weights)
+        return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
+
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        """Append each loss to its timestep's history, dropping the oldest when full."""
+        for t, loss in zip(ts, losses, strict=True):
+            count = self._loss_counts[t]
+            if count == self.history_per_term:
+                self._loss_history[t] = np.append(self._loss_history[t, 1:], loss)
+            else:
+                self._loss_history[t, count] = loss
+                self._loss_counts[t] += 1
+
+    def _warmed_up(self) -> bool:
+        return bool((self._loss_counts == self.history_per_term).all())
+
+
+SCHEDULE_SAMPLERS: dict[str, Callable[[GaussianDiffusion], ScheduleSampler]] = {
+    "uniform": UniformSampler,
+    "loss-second-moment": LossSecondMomentResampler,
+}
+
+
+def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> ScheduleSampler:
+    """A schedule sampler by name.
+
+    :param name: a key of SCHEDULE_SAMPLERS.
+    :raises ValueError: for an unknown name.
+    """
+    if name not in SCHEDULE_SAMPLERS:
+        raise UserError(
+            f"unknown schedule sampler '{name}'; choose one of {', '.join(SCHEDULE_SAMPLERS)}"
+        )
+    return SCHEDULE_SAMPLERS[name](diffusion)
