@@ -75,8 +75,9 @@ def _ddim_timesteps(num_timesteps: int, spec: str) -> set[int]:
 
 
 def _strided(num_timesteps: int) -> list[range]:
-    """Every stride-th timestep from 0, the largest stride first; at least two are kept."""
-    return [range(0, num_timesteps, stride) for stride in range(num_timesteps - 1, 0, -1)]
+    """Every stride-th timestep from 0, the largest stride first; two or more where T > 1."""
+    longest = max(num_timesteps - 1, 1)
+    return [range(0, num_timesteps, stride) for stride in range(longest, 0, -1)]
 
 
 class SpacedDiffusion(GaussianDiffusion):

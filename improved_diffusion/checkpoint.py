@@ -1,0 +1,259 @@
+"""What a run writes, when a write counts, and how a checkpoint is found with its flags.
+
+A run folder holds ``config.json`` (the flags), and for each saved step N ``modelNNNNNN.pt``,
+``ema_RATE_NNNNNN.pt`` for every EMA rate, and ``optNNNNNN.pt``.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+from collections.abc import Collection, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import dist_util
+from .errors import UserError
+
+CONFIG = "config.json"
+
+
+# -- names ------------------------------------------------------------------------------------
+
+
+def model_name(step: int) -> str:
+    """File of the weights as trained."""
+    return f"model{step:06d}.pt"
+
+
+def ema_name(rate: str | float, step: int) -> str:
+    """File of an exponential moving average of the weights."""
+    return f"ema_{rate}_{step:06d}.pt"
+
+
+def opt_name(step: int) -> str:
+    """File of the optimiser's state."""
+    return f"opt{step:06d}.pt"
+
+
+def parse_resume_step_from_filename(filename: str) -> int:
+    """The step in a name like ``path/to/modelNNNNNN.pt``; 0 for other names."""
+    match = re.search(r"model(\d+)(?:\.[^/]*)?$", filename)
+    return int(match.group(1)) if match else 0
+
+
+def find_beside(main_checkpoint: str, name: str) -> str | None:
+    """The path of a file in the folder of a checkpoint, or None if there is no such file."""
+    import blobfile as bf
+
+    path = bf.join(bf.dirname(main_checkpoint), name)
+    return path if bf.exists(path) else None
+
+
+def find_newest_model(folder: str) -> str | None:
+    """The model file of the highest step in a run folder, or None.
+
+    The model is the last file of a save to be written: where it is, the others are.
+    """
+    import blobfile as bf
+
+    if not bf.isdir(folder):
+        return None
+    names = [name for name in bf.listdir(folder) if re.fullmatch(r"model\d{6,}\.pt", name)]
+    newest = max(names, key=parse_resume_step_from_filename, default=None)
+    return None if newest is None else bf.join(folder, newest)
+
+
+# -- writing ----------------------------------------------------------------------------------
+
+
+def write_file(path: str, data: bytes) -> None:
+    """Write a file that is there whole or not at all.
+
+    A local file is written beside, flushed to the disk, then renamed; a blob appears when its
+    upload is complete.
+    """
+    import blobfile as bf
+
+    if "://" in path:
+        with bf.BlobFile(path, "wb") as file:
+            file.write(data)
+        return
+    beside = f"{path}.tmp"
+    with open(beside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+
+
+def write_tensors(path: str, value: Any) -> None:
+    """``torch.save`` into a file that is there whole or not at all."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    write_file(path, buffer.getvalue())
+
+
+# -- flags beside checkpoints -----------------------------------------------------------------
+
+
+def save_config(folder: str, flags: Mapping[str, Any]) -> None:
+    """Store the flags of a run in its folder."""
+    import blobfile as bf
+
+    text = json.dumps(dict(flags), indent=1) + "\n"
+    write_file(bf.join(folder, CONFIG), text.encode())
+
+
+def load_config(folder: str) -> dict[str, Any]:
+    """The flags that a run folder holds; empty if it holds none.
+
+    :raises ValueError: naming the file, if it is damaged.
+    """
+    import blobfile as bf
+
+    path = bf.join(folder, CONFIG)
+    if not bf.exists(path):
+        return {}
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            flags = json.loads(file.read())
+        if not isinstance(flags, dict):
+            raise ValueError
+    except ValueError:
+        raise UserError(
+            f"'{path}' is damaged: repair it, or delete it and give the flags"
+        ) from None
+    return flags
+
+
+def merge_flags(
+    flags: Mapping[str, Any],
+    given: Collection[str],
+    stored: Mapping[str, Any],
+    fixed: Collection[str],
+    inherited: Collection[str],
+    where: str,
+) -> dict[str, Any]:
+    """Flags of the command line over those that a checkpoint was trained with.
+
+    :param flags: all flags of the script.
+    :param given: the names of those that the user gave.
+    :param stored: the checkpoint's flags.
+    :param fixed: names that training has settled: a given one must agree.
+    :param inherited: names to take from the checkpoint where they are not given.
+    :param where: the folder of the checkpoint, for the error.
+    :raises ValueError: naming flag, value and the checkpoint's value, for one that contradicts.
+    """
+    merged = dict(flags)
+    for name in inherited:
+        if name not in stored:
+            continue
+        theirs = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+        if name not in given:
+            merged[name] = theirs
+        elif name in fixed and merged[name] != theirs:
+            raise UserError(
+                f"--{name} {merged[name]} contradicts the checkpoint, which was trained with "
+                f"--{name} {theirs} ({where}/{CONFIG}): leave the flag out"
+            )
+    return merged
+
+
+# -- loading a model --------------------------------------------------------------------------
+
+
+def load_model(model: nn.Module, path: str) -> None:
+    """Load a checkpoint into a model, on every process.
+
+    :raises ValueError: naming the flags or the keys that differ, if it does not fit; see also
+        :func:`.dist_util.load_state_dict`.
+    """
+    state = dist_util.load_state_dict(path, map_location="cpu")
+    check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_fit(model: nn.Module, state: Any, path: str) -> None:
+    """
+    :raises ValueError: unless ``state`` has exactly the keys and shapes of the model.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"checkpoint '{path}' is no state dict of a model")
+    theirs = {key: tuple(value.shape) for key, value in state.items()}
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if theirs == ours:
+        return
+    here, there = describe_network(ours), describe_network(theirs)
+    different = [
+        f"{name} {here[name]} here, {there[name]} in the checkpoint"
+        for name in here
+        if name in there and here[name] != there[name]
+    ]
+    if different:
+        raise UserError(f"checkpoint '{path}' does not fit the flags: {'; '.join(different)}")
+    wrong = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    raise UserError(
+        f"checkpoint '{path}' does not fit the model: {len(wrong)} keys are missing, unknown or of "
+        f"another shape, such as {', '.join(wrong[:3])}"
+    )
+
+
+def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the keys and shapes of a U-Net's state dict tell; {} for another network.
+
+    :return: the flag, or what it decides -> value.
+    """
+    try:
+        num_channels = shapes["time_embed.0.weight"][1]
+        inputs = shapes["input_blocks.0.0.weight"][1]
+        outputs = shapes["out.2.bias"][0]
+        embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
+        first_width = shapes["input_blocks.1.0.in_layers.2.bias"][0]
+    except (KeyError, IndexError):
+        return {}
+    blocks = _input_blocks(shapes)
+    levels = 1 + max(block.level for block in blocks)
+    widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
+    about = {
+        "--num_channels": num_channels,
+        "--channel_mult": ",".join(f"{width / num_channels:g}" for width in widths),
+        "--num_res_blocks": len(blocks) // levels,
+        "levels of attention (--attention_resolutions)": sorted(
+            {block.level for block in blocks if block.attends}
+        ),
+        "--use_scale_shift_norm": embedding == 2 * first_width,
+        "--class_cond": "label_emb.weight" in shapes,
+        "input channels (--channels, doubled by super-resolution)": inputs,
+        "output channels (--channels, doubled by --learn_sigma)": outputs,
+    }
+    if about["--class_cond"]:
+        about["--num_classes"] = shapes["label_emb.weight"][0]
+    return about
+
+
+class _ResBlockShape(NamedTuple):
+    level: int
+    width: int
+    attends: bool
+
+
+def _input_blocks(shapes: Mapping[str, tuple[int, ...]]) -> list[_ResBlockShape]:
+    """The residual blocks on the way down.
+
+    Downsampling by pooling has no weights; then all blocks count as one level.
+    """
+    blocks, level, i = [], 0, 1
+    while any(key.startswith(f"input_blocks.{i}.") for key in shapes):
+        prefix = f"input_blocks.{i}"
+        if f"{prefix}.0.op.weight" in shapes:
+            level += 1
+        else:
+            width = shapes[f"{prefix}.0.in_layers.2.bias"][0]
+            blocks.append(_ResBlockShape(level, width, f"{prefix}.1.qkv.weight" in shapes))
+        i += 1
+    return blocks

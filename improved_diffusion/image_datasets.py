@@ -1,0 +1,333 @@
+"""Folders of images as batches: finding, labelling, resizing, shuffling, sharding."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from . import dist_util
+from .errors import UserError
+from .flags import ImageSize, height_width, option, require, require_at_least
+from .rng import derive_seed
+
+log = logging.getLogger(__name__)
+
+EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp")
+PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
+LABEL_SOURCES = ("filename", "folder")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the images are and how they are read."""
+
+    data_dir: str = option("", "folder of images, searched recursively; any path blobfile reads")
+    num_workers: int = option(1, "processes that read images; 0 reads in the training process")
+    labels_from: str = option(
+        "filename",
+        "a class is 'filename': the name up to the first _, or 'folder': the folder it lies in",
+    )
+
+    def __post_init__(self) -> None:
+        if not self.data_dir:
+            raise UserError("--data_dir is missing: name a folder of images")
+        require_at_least(0, self, ["num_workers"])
+        require(
+            self.labels_from in LABEL_SOURCES,
+            "labels_from",
+            self.labels_from,
+            " or ".join(LABEL_SOURCES),
+        )
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """The images of a folder.
+
+    ``paths`` are sorted; ``classes`` are indices into the sorted ``class_names``, or None.
+    """
+
+    paths: list[str]
+    classes: list[int] | None = None
+    class_names: tuple[str, ...] = ()
+
+
+def list_images(
+    data_dir: str, class_cond: bool = False, labels_from: str = "filename"
+) -> ImageList:
+    """Find the images below a folder, and their classes.
+
+    Hidden files and folders are passed over.
+
+    :param data_dir: any folder that blobfile reads.
+    :param class_cond: whether to label the images.
+    :param labels_from: "filename" for the name up to the first ``_``, "folder" for the name of
+        the folder that holds the image.
+    :raises ValueError: if there is no such folder, or no image in it.
+    """
+    import blobfile as bf
+
+    if not data_dir or not bf.isdir(data_dir):
+        raise UserError(f"--data_dir '{data_dir}' is no folder")
+    paths = _list_recursively(data_dir)
+    if not paths:
+        raise UserError(f"--data_dir '{data_dir}' holds no images ({', '.join(EXTENSIONS)})")
+    if not class_cond:
+        return ImageList(paths)
+    if labels_from == "folder":
+        names = [bf.basename(bf.dirname(path)) for path in paths]
+    else:
+        names = [bf.basename(path).split("_")[0] for path in paths]
+    class_names = sorted(set(names))
+    index = {name: i for i, name in enumerate(class_names)}
+    return ImageList(paths, [index[name] for name in names], tuple(class_names))
+
+
+def _list_recursively(folder: str) -> list[str]:
+    import blobfile as bf
+
+    found = []
+    for entry in sorted(bf.listdir(folder)):
+        path = bf.join(folder, entry)
+        if entry.startswith("."):
+            continue
+        if bf.isdir(path):
+            found += _list_recursively(path)
+        elif "." in entry and entry.rsplit(".", 1)[1].lower() in EXTENSIONS:
+            found.append(path)
+    return found
+
+
+class ImageDataset(Dataset):
+    """Images of one size with their labels.
+
+    :param resolution: H = W, or (H, W).
+    :param image_paths: files.
+    :param classes: a label for each file, or None.
+    :param shard: which of ``num_shards`` interleaved parts of the files to keep.
+    :param channels: 1 grey, 2 grey and alpha, 3 RGB, 4 RGB and alpha.
+    """
+
+    def __init__(
+        self,
+        resolution: ImageSize,
+        image_paths: Sequence[str],
+        classes: Sequence[int] | None = None,
+        shard: int = 0,
+        num_shards: int = 1,
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        if channels not in PIL_MODES:
+            raise UserError(
+                f"--channels {channels}: image files have 1, 2, 3 or 4; for other data, pass "
+                "TrainLoop your own iterator of batches"
+            )
+        self.resolution = resolution
+        self.local_images = image_paths[shard::num_shards]
+        self.local_classes = None if classes is None else classes[shard::num_shards]
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self.local_images)
+
+    def __getitem__(self, idx: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """
+        :return: float32 [C, H, W] in [-1, 1], and {"y": int64 label} or {}.
+        :raises ValueError: naming the file, if it is no image.
+        """
+        pixels = read_image(self.local_images[idx], self.resolution, self.channels)
+        image = pixels.astype(np.float32) / 127.5 - 1
+        cond = {}
+        if self.local_classes is not None:
+            cond["y"] = np.array(self.local_classes[idx], dtype=np.int64)
+        return np.transpose(image, [2, 0, 1]), cond
+
+
+def read_image(path: str, resolution: ImageSize, channels: int = 3) -> np.ndarray:
+    """Read a file, resize it so that it covers the target, and cut out the centre.
+
+    Halves with a box filter while twice the target fits, then goes to its exact size with a
+    bicubic one. Colours are converted after resizing.
+
+    :param path: any file that blobfile reads.
+    :param resolution: H = W, or (H, W).
+    :param channels: 1, 2, 3 or 4.
+    :return: uint8 [H, W, C].
+    :raises ValueError: naming the file, if it is no image.
+    """
+    import blobfile as bf
+    from PIL import Image
+
+    height, width = height_width(resolution)
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(f"'{path}' cannot be read as an image: {reason}") from None
+    if image.mode.startswith(("I", "F")):
+        _warn_of_depth(image.mode)
+    while image.width >= 2 * width and image.height >= 2 * height:
+        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
+    scale = max(width / image.width, height / image.height)
+    image = image.resize(
+        (round(image.width * scale), round(image.height * scale)),
+        resample=Image.Resampling.BICUBIC,
+    )
+    pixels = np.array(image.convert(PIL_MODES[channels])).reshape(image.height, image.width, -1)
+    top, left = (image.height - height) // 2, (image.width - width) // 2
+    return pixels[top : top + height, left : left + width]
+
+
+@functools.lru_cache  # once in each process
+def _warn_of_depth(mode: str) -> None:
+    log.warning(
+        f"images of more than 8 bits (Pillow's mode {mode}) are clipped to 8 bits, most of them to "
+        "white: convert them first"
+    )
+
+
+class GlobalBatchSampler:
+    """An endless series of one process's batches of indices.
+
+    The images of an epoch come in one order, which depends on (seed, epoch) alone, for all
+    processes together; each takes its part of every global batch. No image comes twice in an
+    epoch; what does not fill a last global batch sits that epoch out.
+
+    :param size: number of images.
+    :param batch_size: of one process.
+    :param seed: None for the order of the files, the same in every epoch.
+    :param rank: this process.
+    :param world_size: number of processes.
+    :raises ValueError: if the images do not fill one global batch.
+    """
+
+    def __init__(
+        self, size: int, batch_size: int, seed: int | None, rank: int, world_size: int
+    ) -> None:
+        self.size = size
+        self.batch_size = batch_size
+        self.seed = seed
+        self.rank = rank
+        self.world_size = world_size
+        if size < batch_size * world_size:
+            raise UserError(
+                f"{size} images are fewer than one global batch of {batch_size * world_size} "
+                f"({world_size} processes x --batch_size {batch_size}): lower --batch_size to "
+                f"{size // world_size} or less, or add images"
+                if size >= world_size
+                else f"{size} images are fewer than the {world_size} processes, which form a "
+                f"global batch of {batch_size * world_size}: start fewer, or add images"
+            )
+
+    def __iter__(self) -> Iterator[list[int]]:
+        global_batch = self.batch_size * self.world_size
+        epoch = 0
+        while True:
+            order = self._order(epoch)
+            for start in range(0, self.size - global_batch + 1, global_batch):
+                first = start + self.rank * self.batch_size
+                yield order[first : first + self.batch_size].tolist()
+            epoch += 1
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if self.seed is None:
+            return np.arange(self.size)
+        seed = derive_seed(self.seed, "data order", epoch)
+        return np.random.default_rng(seed).permutation(self.size)
+
+
+def load_data(
+    *,
+    data_dir: str,
+    batch_size: int,
+    image_size: ImageSize,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    images: ImageList | None = None,
+    channels: int = 3,
+    labels_from: str = "filename",
+    num_workers: int = 1,
+    seed: int | None = None,
+) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    """An endless generator of batches of images and their labels.
+
+    Under a process group every process gets its own images.
+
+    :param data_dir: folder of images, searched recursively.
+    :param batch_size: N, of this process.
+    :param image_size: H = W, or (H, W).
+    :param class_cond: label the images under "y".
+    :param deterministic: the order of the sorted file names rather than a shuffled one.
+    :param images: the result of :func:`list_images`, if it is known already.
+    :param channels: C: 1, 2, 3 or 4.
+    :param labels_from: see :func:`list_images`.
+    :param num_workers: processes that read images.
+    :param seed: of the shuffled order; None draws one from torch's global generator.
+    :return: pairs of float32 [N, C, H, W] in [-1, 1], and {"y": int64 [N]} or {}.
+    :raises ValueError: if the folder is missing or empty, or holds less than a global batch; and
+        later, naming the file, for one that is no image.
+    """
+    images = images or list_images(data_dir, class_cond, labels_from)
+    if not deterministic:
+        if seed is None:
+            seed = int(torch.randint(2**31, ()))
+        seed = dist_util.broadcast_object(seed)  # one order for all processes
+    dataset = ImageDataset(image_size, images.paths, images.classes, channels=channels)
+    batches = GlobalBatchSampler(
+        len(dataset),
+        batch_size,
+        None if deterministic else seed,
+        dist_util.get_rank(),
+        dist_util.get_world_size(),
+    )
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return _batches(loader)
+
+
+def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+    try:
+        yield from loader
+    except UserError as error:
+        # a worker's error arrives with its traceback in the message: keep its last line
+        line = str(error).strip().splitlines()[-1]
+        raise UserError(line.split(f"{UserError.__name__}: ", 1)[-1]) from None
+
+
+def list_and_load(
+    options: DataOptions,
+    *,
+    batch_size: int,
+    image_size: ImageSize,
+    class_cond: bool,
+    channels: int,
+    seed: int,
+) -> tuple[ImageList, Iterator[tuple[Tensor, dict[str, Tensor]]]]:
+    """What a training script needs: the images found, and their endless shuffled batches."""
+    images = list_images(options.data_dir, class_cond, options.labels_from)
+    data = load_data(
+        data_dir=options.data_dir,
+        batch_size=batch_size,
+        image_size=image_size,
+        class_cond=class_cond,
+        images=images,
+        channels=channels,
+        num_workers=options.num_workers,
+        seed=seed,
+    )
+    return images, data

@@ -1,0 +1,482 @@
+"""Key-value logging to stdout, log.txt, progress.csv, progress.json and TensorBoard.
+
+Messages go through Python's :mod:`logging`: what any module of the package says under the logger
+"improved_diffusion" lands in the same places as :func:`log`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import datetime
+import functools
+import json
+import logging
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TextIO
+
+DEBUG = logging.DEBUG
+INFO = logging.INFO
+WARN = logging.WARNING
+ERROR = logging.ERROR
+DISABLED = logging.CRITICAL
+
+KEY_WIDTH = 30  # longer keys and values are cut in the table on stdout
+
+
+class KVWriter:
+    """Something that writes a dict of numbers at each dump."""
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        """Write one row."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class SeqWriter:
+    """Something that writes messages."""
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        """Write one message, given as its parts."""
+        raise NotImplementedError
+
+
+class HumanOutputFormat(KVWriter, SeqWriter):
+    """Messages and tables for people, through a :class:`logging.Handler`.
+
+    :param filename_or_file: a path to append to, or an open text file.
+    """
+
+    def __init__(self, filename_or_file: str | TextIO) -> None:
+        self.handler: logging.Handler
+        if isinstance(filename_or_file, str):
+            self.handler = logging.FileHandler(filename_or_file)
+        else:
+            self.handler = logging.StreamHandler(filename_or_file)
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        """Write a table of two columns, sorted by key."""
+        if not kvs:
+            return
+        rows = [(_cut(key), _cut(_human(value))) for key, value in sorted(kvs.items())]
+        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
+        rule = "-" * (sum(widths) + 7)
+        lines = [f"| {key:<{widths[0]}} | {value:<{widths[1]}} |" for key, value in rows]
+        self.writeseq(["\n".join([rule, *lines, rule])])
+
+    def writeseq(self, seq: Iterable[Any]) -> None:
+        """Write the parts, separated by spaces."""
+        message = " ".join(map(str, seq))
+        self.handler.emit(logging.makeLogRecord({"msg": "%s", "args": (message,)}))
+
+    def close(self) -> None:
+        """Close the file, unless it was open when we got it."""
+        self.handler.close()
+
+
+def _human(value: Any) -> str:
+    return f"{value:<8.3g}".rstrip() if hasattr(value, "__float__") else str(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= KEY_WIDTH else text[: KEY_WIDTH - 3] + "..."
+
+
+class JSONOutputFormat(KVWriter):
+    """One JSON object per line, appended.
+
+    :param filename: path.
+    """
+
+    def __init__(self, filename: str) -> None:
+        self.file = open(filename, "a")  # noqa: SIM115
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        """Append one line."""
+        self.file.write(json.dumps(kvs, sort_keys=True, default=float) + "\n")
+        self.file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self.file.close()
+
+
+class CSVOutputFormat(KVWriter):
+    """Comma-separated rows, appended; a new key adds a column to the rows already there.
+
+    :param filename: path.
+    """
+
+    def __init__(self, filename: str) -> None:
+        self.filename = filename
+        self.keys: list[str] = []
+        if os.path.exists(filename):
+            with open(filename, newline="") as file:
+                self.keys = next(csv.reader(file), [])
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        """Append one row; a key that is missing leaves its cell empty."""
+        new = sorted(kvs.keys() - set(self.keys))
+        if new:
+            self._add_columns(new)
+        with open(self.filename, "a", newline="") as file:
+            csv.DictWriter(file, self.keys, restval="").writerow(kvs)
+
+    def _add_columns(self, new: list[str]) -> None:
+        rows: list[dict[str, str]] = []
+        if self.keys:
+            with open(self.filename, newline="") as file:
+                rows = list(csv.DictReader(file))
+        self.keys += new
+        beside = self.filename + ".tmp"
+        with open(beside, "w", newline="") as file:
+            writer = csv.DictWriter(file, self.keys, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.filename)  # a crash leaves the old file or the new one
+
+
+class TensorBoardOutputFormat(KVWriter):
+    """Event files for TensorBoard; needs the extra ``tensorboard``.
+
+    :param dir: folder for the event files.
+    :raises ValueError: if the extra is not installed.
+    """
+
+    def __init__(self, dir: str) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            from .errors import UserError
+
+            raise UserError(
+                "log format 'tensorboard' needs a package: pip install "
+                "'improved-diffusion[tensorboard]'"
+            ) from None
+        self.writer = SummaryWriter(dir)
+        self.step = 0
+
+    def writekvs(self, kvs: dict[str, Any]) -> None:
+        """Write one point per key, at the step under the key "step" or else at a running count."""
+        self.step = int(kvs.get("step", self.step + 1))
+        for key, value in kvs.items():
+            self.writer.add_scalar(key, float(value), self.step)
+        self.writer.flush()
+
+    def close(self) -> None:
+        """Close the event file."""
+        self.writer.close()
+
+
+def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWriter:
+    """One output by name.
+
+    :param format: "stdout", "log", "json", "csv" or "tensorboard".
+    :param ev_dir: the run folder; made if missing.
+    :param log_suffix: goes before the ending of the file's name.
+    :raises ValueError: for an unknown format.
+    """
+    makers: dict[str, Callable[[], KVWriter]] = {
+        "stdout": lambda: HumanOutputFormat(sys.stdout),
+        "log": lambda: HumanOutputFormat(os.path.join(ev_dir, f"log{log_suffix}.txt")),
+        "json": lambda: JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json")),
+        "csv": lambda: CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv")),
+        "tensorboard": lambda: TensorBoardOutputFormat(os.path.join(ev_dir, f"tb{log_suffix}")),
+    }
+    if format not in makers:
+        raise ValueError(f"unknown log format '{format}'; choose among {', '.join(makers)}")
+    os.makedirs(ev_dir, exist_ok=True)
+    return makers[format]()
+
+
+class Logger:
+    """A run folder and what is written to it.
+
+    :param dir: the run folder.
+    :param output_formats: where numbers and messages go.
+    :param comm: an mpi4py communicator over which means are taken at each dump; None for this
+        process's own numbers.
+    """
+
+    CURRENT: Logger | None = None
+
+    def __init__(
+        self, dir: str | None, output_formats: Sequence[KVWriter], comm: Any = None
+    ) -> None:
+        self.dir = dir
+        self.output_formats = output_formats
+        self.comm = comm
+        self.level = INFO
+        self.name2val: defaultdict[str, Any] = defaultdict(float)
+        self.name2cnt: defaultdict[str, int] = defaultdict(int)
+
+    def logkv(self, key: str, val: Any) -> None:
+        """Set a number for the next dump; a tensor of one element stays on its device till then."""
+        self.name2val[key] = val
+
+    def logkv_mean(self, key: str, val: Any) -> None:
+        """Add a number to a mean over all such calls until the next dump."""
+        count = self.name2cnt[key]
+        self.name2val[key] = self.name2val[key] * count / (count + 1) + val / (count + 1)
+        self.name2cnt[key] = count + 1
+
+    def dumpkvs(self) -> dict[str, Any]:
+        """Write what was logged since the last dump, forget it, and return it."""
+        values = {key: _as_number(value) for key, value in self.name2val.items()}
+        if self.comm is not None:
+            values = mpi_weighted_mean(
+                self.comm,
+                {key: (value, self.name2cnt.get(key, 1)) for key, value in values.items()},
+            )
+        if self.level < DISABLED:
+            for output in self.output_formats:
+                if isinstance(output, KVWriter):
+                    output.writekvs(values)
+        self.name2val.clear()
+        self.name2cnt.clear()
+        return values
+
+    def log(self, *args: Any, level: int = INFO) -> None:
+        """Write a message, its parts separated by spaces, if the level is high enough."""
+        if self.level <= level:
+            for output in self.output_formats:
+                if isinstance(output, SeqWriter):
+                    output.writeseq(args)
+
+    def set_level(self, level: int) -> None:
+        """Drop messages below ``level``; DISABLED drops numbers too."""
+        self.level = level
+
+    def set_comm(self, comm: Any) -> None:
+        """Take means over ``comm`` from now on."""
+        self.comm = comm
+
+    def get_dir(self) -> str | None:
+        """The run folder."""
+        return self.dir
+
+    def close(self) -> None:
+        """Close all outputs."""
+        for output in self.output_formats:
+            output.close()
+
+
+def _as_number(value: Any) -> Any:
+    return value.item() if hasattr(value, "item") else value
+
+
+class _ToCurrentLogger(logging.Handler):
+    """Hands what the package's modules log to the current :class:`Logger`."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if Logger.CURRENT is not None:
+            Logger.CURRENT.log(self.format(record), level=record.levelno)
+
+
+_package_log = logging.getLogger("improved_diffusion")
+_handler = _ToCurrentLogger()
+
+
+def _make_current(logger: Logger | None) -> None:
+    Logger.CURRENT = logger
+    _package_log.removeHandler(_handler)
+    if logger is not None:
+        _package_log.addHandler(_handler)
+
+
+# -- the current logger -----------------------------------------------------------------------
+
+
+def configure(
+    dir: str | None = None,
+    format_strs: Sequence[str] | None = None,
+    comm: Any = None,
+    log_suffix: str = "",
+) -> None:
+    """Open a run folder and make it the current one; its absolute path is the first message.
+
+    :param dir: the folder; by default $OPENAI_LOGDIR, or ``runs/SCRIPT-DATE``.
+    :param format_strs: names for :func:`make_output_format`; by default $OPENAI_LOG_FORMAT or
+        stdout, log, csv and json on the first process, $OPENAI_LOG_FORMAT_MPI or log on others.
+    :param comm: see :class:`Logger`.
+    :param log_suffix: goes into the names of the files; ranks other than 0 add ``-rankNNN``.
+    """
+    dir = os.path.abspath(os.path.expanduser(dir or default_dir()))
+    os.makedirs(dir, exist_ok=True)
+    rank = get_rank_without_mpi_import()
+    if rank > 0:
+        log_suffix += f"-rank{rank:03d}"
+    if format_strs is None:
+        if rank == 0:
+            names = os.environ.get("OPENAI_LOG_FORMAT", "stdout,log,csv,json")
+        else:
+            names = os.environ.get("OPENAI_LOG_FORMAT_MPI", "log")
+        format_strs = [name for name in names.split(",") if name]
+    outputs = [make_output_format(name, dir, log_suffix) for name in format_strs]
+    _make_current(Logger(dir, outputs, comm))
+    if outputs:
+        log(f"Logging to {dir}")
+
+
+def default_dir() -> str:
+    """$OPENAI_LOGDIR, or ``runs/SCRIPT-DATE`` below the working directory."""
+    script = os.path.splitext(os.path.basename(sys.argv[0] or "python"))[0] or "python"
+    date = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    return os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", f"{script}-{date}")
+
+
+def get_rank_without_mpi_import() -> int:
+    """The rank of this process by what the launchers set, without asking them."""
+    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    return 0
+
+
+def get_current() -> Logger:
+    """The current logger; opens the default run folder if there is none."""
+    if Logger.CURRENT is None:
+        configure()
+    assert Logger.CURRENT is not None
+    return Logger.CURRENT
+
+
+def reset() -> None:
+    """Close the current logger."""
+    if Logger.CURRENT is not None:
+        Logger.CURRENT.close()
+        _make_current(None)
+
+
+@contextlib.contextmanager
+def scoped_configure(
+    dir: str | None = None, format_strs: Sequence[str] | None = None, comm: Any = None
+) -> Iterator[None]:
+    """Use another run folder inside a ``with`` block."""
+    before = Logger.CURRENT
+    configure(dir=dir, format_strs=format_strs, comm=comm)
+    try:
+        yield
+    finally:
+        get_current().close()
+        _make_current(before)
+
+
+def logkv(key: str, val: Any) -> None:
+    """Set a number for the next dump."""
+    get_current().logkv(key, val)
+
+
+def logkv_mean(key: str, val: Any) -> None:
+    """Add a number to the mean for the next dump."""
+    get_current().logkv_mean(key, val)
+
+
+def logkvs(d: dict[str, Any]) -> None:
+    """Set several numbers for the next dump."""
+    for key, value in d.items():
+        logkv(key, value)
+
+
+def dumpkvs() -> dict[str, Any]:
+    """Write and return what was logged since the last dump."""
+    return get_current().dumpkvs()
+
+
+def getkvs() -> dict[str, Any]:
+    """What was logged since the last dump."""
+    return get_current().name2val
+
+
+def log(*args: Any, level: int = INFO) -> None:
+    """Write a message, its parts separated by spaces, to stdout and log.txt."""
+    get_current().log(*args, level=level)
+
+
+def debug(*args: Any) -> None:
+    """:func:`log` at level DEBUG."""
+    log(*args, level=DEBUG)
+
+
+def info(*args: Any) -> None:
+    """:func:`log` at level INFO."""
+    log(*args, level=INFO)
+
+
+def warn(*args: Any) -> None:
+    """:func:`log` at level WARN."""
+    log(*args, level=WARN)
+
+
+def error(*args: Any) -> None:
+    """:func:`log` at level ERROR."""
+    log(*args, level=ERROR)
+
+
+def set_level(level: int) -> None:
+    """Drop messages below ``level``."""
+    get_current().set_level(level)
+
+
+def set_comm(comm: Any) -> None:
+    """Take means over an mpi4py communicator."""
+    get_current().set_comm(comm)
+
+
+def get_dir() -> str | None:
+    """The run folder."""
+    return get_current().get_dir()
+
+
+record_tabular = logkv
+dump_tabular = dumpkvs
+
+
+@contextlib.contextmanager
+def profile_kv(scopename: str) -> Iterator[None]:
+    """Add the seconds spent in a ``with`` block to the number ``wait_SCOPENAME``."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        get_current().name2val[f"wait_{scopename}"] += time.perf_counter() - start
+
+
+def profile(n: str) -> Callable[[Callable], Callable]:
+    """A decorator: :func:`profile_kv` round every call."""
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            with profile_kv(n):
+                return function(*args, **kwargs)
+
+        return timed
+
+    return decorate
+
+
+def mpi_weighted_mean(
+    comm: Any, local_name2valcount: dict[str, tuple[float, float]]
+) -> dict[str, float]:
+    """Weighted means over the processes of an mpi4py communicator.
+
+    :param local_name2valcount: name -> (value, weight) of this process.
+    :return: name -> mean on rank 0; an empty dict elsewhere.
+    """
+    gathered = comm.gather(local_name2valcount)
+    if comm.rank != 0:
+        return {}
+    totals: defaultdict[str, float] = defaultdict(float)
+    counts: defaultdict[str, float] = defaultdict(float)
+    for local in gathered:
+        for name, (value, count) in local.items():
+            totals[name] += value * count
+            counts[name] += count
+    return {name: totals[name] / counts[name] for name in totals if counts[name]}

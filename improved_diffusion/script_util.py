@@ -1,0 +1,414 @@
+"""Flags to options to model and diffusion."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import gaussian_diffusion as gd
+from .errors import UserError
+from .flags import (
+    ImageSize,
+    defaults,
+    flag_type,
+    height_width,
+    numbers,
+    option,
+    require,
+    require_at_least,
+    size_text,
+    str2bool,
+)
+from .flags import (
+    image_size as read_image_size,
+)
+from .respace import SpacedDiffusion, space_timesteps
+from .unet import SuperResModel, UNetModel
+
+__all__ = [
+    "NUM_CLASSES",
+    "ModelAndDiffusionOptions",
+    "SuperResOptions",
+    "add_dict_to_argparser",
+    "args_to_dict",
+    "create_gaussian_diffusion",
+    "create_model",
+    "create_model_and_diffusion",
+    "model_and_diffusion_defaults",
+    "sr_create_model",
+    "sr_create_model_and_diffusion",
+    "sr_model_and_diffusion_defaults",
+    "str2bool",
+]
+
+log = logging.getLogger(__name__)
+
+NUM_CLASSES = 1000  # where neither the data nor the caller tells
+
+# Width of each level in multiples of num_channels, by the longer side of the image
+# (IDDPM appendix A; 128 as in arXiv 2105.05233)
+CHANNEL_MULTS = {
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+SMALLEST_LEVEL = 4  # pixels: images below 32 get fewer levels than the table says
+
+
+@dataclass(frozen=True)
+class _SharedOptions:
+    """The options of both kinds of model."""
+
+    num_channels: int = option(128, "width of the first level; a multiple of 32")
+    num_res_blocks: int = option(2, "residual blocks per level")
+    num_heads: int = option(4, "attention heads")
+    num_heads_upsample: int = option(-1, "attention heads on the way up; -1: as --num_heads")
+    attention_resolutions: str = option(
+        "16,8", "sizes in pixels (of the longer side) of the levels that attend"
+    )
+    dropout: float = option(0.0, "probability of dropping a feature in training")
+    learn_sigma: bool = option(False, "learn the variance of each step beside its mean")
+    sigma_small: bool = option(False, "fixed variance: the posterior's (beta-tilde), not beta")
+    class_cond: bool = option(False, "condition on the class of the image")
+    diffusion_steps: int = option(1000, "noising steps T of the process; not the training's length")
+    noise_schedule: str = option("linear", "linear or cosine")
+    timestep_respacing: str = option(
+        "", "steps to sample with: '250', 'ddim50', '10,15,20' per section; '' for all"
+    )
+    use_kl: bool = option(False, "train on the variational bound")
+    predict_xstart: bool = option(False, "the network predicts the image, not the noise")
+    rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0 ... 1000")
+    rescale_learned_sigmas: bool = option(
+        True, "with --learn_sigma: weigh the bound's term by T / 1000"
+    )
+    use_checkpoint: bool = option(False, "recompute activations in training, to save memory")
+    use_scale_shift_norm: bool = option(
+        True, "the timestep scales and shifts the features rather than being added"
+    )
+    channel_mult: str = option(
+        "", "width of each level in multiples of --num_channels: '1,2,2'; '' by image size"
+    )
+    channels: int = option(3, "colour channels: 1 grey, 3 RGB, 4 RGB and alpha")
+    num_classes: int = option(
+        0, f"with --class_cond: number of classes; 0: counted from the data, else {NUM_CLASSES}"
+    )
+
+    def __post_init__(self) -> None:
+        require_at_least(
+            1, self, ["num_channels", "num_res_blocks", "num_heads", "diffusion_steps", "channels"]
+        )
+        require_at_least(0, self, ["num_classes"])
+        heads = self.num_heads_upsample
+        require(heads == -1 or heads >= 1, "num_heads_upsample", heads, "-1 or at least 1")
+        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+
+    def _network(self, size_flag: str, network: type[UNetModel]) -> UNetModel:
+        """Build the network for images of the size that the option ``size_flag`` holds."""
+        size = getattr(self, size_flag)
+        mult = _channel_mult(size_flag, size, self.channel_mult)
+        return network(
+            in_channels=self.channels,
+            model_channels=self.num_channels,
+            out_channels=2 * self.channels if self.learn_sigma else self.channels,
+            num_res_blocks=self.num_res_blocks,
+            attention_resolutions=_attention_factors(self.attention_resolutions, size, len(mult)),
+            dropout=self.dropout,
+            channel_mult=mult,
+            num_classes=(self.num_classes or NUM_CLASSES) if self.class_cond else None,
+            use_checkpoint=self.use_checkpoint,
+            num_heads=self.num_heads,
+            num_heads_upsample=self.num_heads_upsample,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+        )
+
+    def diffusion(self) -> SpacedDiffusion:
+        """The diffusion process of these options."""
+        return create_gaussian_diffusion(
+            steps=self.diffusion_steps,
+            learn_sigma=self.learn_sigma,
+            sigma_small=self.sigma_small,
+            noise_schedule=self.noise_schedule,
+            use_kl=self.use_kl,
+            predict_xstart=self.predict_xstart,
+            rescale_timesteps=self.rescale_timesteps,
+            rescale_learned_sigmas=self.rescale_learned_sigmas,
+            timestep_respacing=self.timestep_respacing,
+        )
+
+
+@dataclass(frozen=True)
+class ModelAndDiffusionOptions(_SharedOptions):
+    """The arguments of :func:`create_model_and_diffusion`, checked."""
+
+    image_size: ImageSize = option(
+        64, "size of the images: 64, or HxW such as 48x64", read_image_size
+    )
+
+
+@dataclass(frozen=True)
+class SuperResOptions(_SharedOptions):
+    """The arguments of :func:`sr_create_model_and_diffusion`, checked."""
+
+    large_size: ImageSize = option(256, "size of the images made: 256, or HxW", read_image_size)
+    small_size: ImageSize = option(64, "size of the images given: 64, or HxW", read_image_size)
+
+    def model(self) -> SuperResModel:
+        """The network of these options; it upsamples images of any size that it is given."""
+        network = self._network("large_size", SuperResModel)
+        assert isinstance(network, SuperResModel)
+        return network
+
+
+# What training settles for good: sampling with another value cannot work
+FIXED_BY_TRAINING = frozenset(
+    [
+        "image_size",
+        "large_size",
+        "small_size",
+        "num_channels",
+        "num_res_blocks",
+        "num_heads",
+        "num_heads_upsample",
+        "attention_resolutions",
+        "learn_sigma",
+        "class_cond",
+        "diffusion_steps",
+        "noise_schedule",
+        "predict_xstart",
+        "rescale_timesteps",
+        "use_scale_shift_norm",
+        "channel_mult",
+        "channels",
+        "num_classes",
+    ]
+)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Defaults of the arguments of :func:`create_model_and_diffusion`."""
+    return defaults(ModelAndDiffusionOptions)
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """Defaults of the arguments of :func:`sr_create_model_and_diffusion`."""
+    return defaults(SuperResOptions)
+
+
+def create_model_and_diffusion(
+    image_size: ImageSize,
+    class_cond: bool,
+    learn_sigma: bool,
+    sigma_small: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    channel_mult: str = "",
+    channels: int = 3,
+    num_classes: int = 0,
+) -> tuple[UNetModel, SpacedDiffusion]:
+    """A U-Net and its diffusion process; the arguments are the flags of the scripts.
+
+    :raises ValueError: naming the flag and the values that work, for one that cannot.
+    """
+    options = ModelAndDiffusionOptions(**locals())
+    return options.model(), options.diffusion()
+
+
+def create_model(
+    image_size: ImageSize,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    channel_mult: str = "",
+    channels: int = 3,
+    num_classes: int = 0,
+) -> UNetModel:
+    """A U-Net for [N, C, H, W] images; the arguments are the flags of the scripts.
+
+    :raises ValueError: naming the flag and the values that work, for one that cannot.
+    """
+    return ModelAndDiffusionOptions(**locals()).model()
+
+
+def sr_create_model_and_diffusion(
+    large_size: ImageSize,
+    small_size: ImageSize,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    sigma_small: bool = False,
+    channel_mult: str = "",
+    channels: int = 3,
+    num_classes: int = 0,
+) -> tuple[SuperResModel, SpacedDiffusion]:
+    """A super-resolution U-Net and its diffusion process; the arguments are the scripts' flags.
+
+    :raises ValueError: naming the flag and the values that work, for one that cannot.
+    """
+    options = SuperResOptions(**locals())
+    return options.model(), options.diffusion()
+
+
+def sr_create_model(
+    large_size: ImageSize,
+    small_size: ImageSize,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    channel_mult: str = "",
+    channels: int = 3,
+    num_classes: int = 0,
+) -> SuperResModel:
+    """A U-Net from [N, C, h, w] to [N, C, H, W] images; the arguments are the scripts' flags.
+
+    :raises ValueError: naming the flag and the values that work, for one that cannot.
+    """
+    return SuperResOptions(**locals()).model()
+
+
+def _channel_mult(flag: str, size: ImageSize, text: str) -> tuple[float, ...]:
+    """The width of each level: as asked for, or by the size of the image.
+
+    :raises ValueError: if the image cannot be halved that often, with the nearest sizes that can.
+    """
+    sides = height_width(size)
+    mult: Sequence[float]
+    if text:
+        mult = numbers("channel_mult", text, float)
+        require(bool(mult) and min(mult) > 0, "channel_mult", text, "numbers above 0")
+    else:
+        fitting = [key for key in CHANNEL_MULTS if key <= max(sides)]
+        mult = CHANNEL_MULTS[max(fitting, default=min(CHANNEL_MULTS))]
+        while len(mult) > 1 and min(sides) < SMALLEST_LEVEL * 2 ** (len(mult) - 1):
+            mult = mult[:-1]
+    factor = 2 ** (len(mult) - 1)
+    if any(side % factor for side in sides):
+        lower = tuple(side // factor * factor for side in sides)
+        upper = tuple(-(-side // factor) * factor for side in sides)
+        nearest = [size_text(near) for near in (lower, upper) if min(near) > 0]
+        raise UserError(
+            f"--{flag} {size_text(size)} cannot be halved {len(mult) - 1} times, as the "
+            f"{len(mult)} levels of --channel_mult {','.join(f'{m:g}' for m in mult)} need: the "
+            f"nearest sizes are {' and '.join(nearest)}; or give a shorter --channel_mult"
+        )
+    return tuple(int(m) if float(m).is_integer() else m for m in mult)
+
+
+def _attention_factors(resolutions: str, size: ImageSize, num_levels: int) -> tuple[int, ...]:
+    """Sizes in pixels as downsampling factors; says which sizes are no level of the network."""
+    longer = max(height_width(size))
+    levels = {longer // 2**level: 2**level for level in range(num_levels)}
+    wanted = numbers("attention_resolutions", resolutions)
+    absent = [str(resolution) for resolution in wanted if resolution not in levels]
+    if absent:
+        log.warning(
+            f"--attention_resolutions {resolutions}: no level of size {', '.join(absent)}; the "
+            f"levels are {', '.join(map(str, levels))}"
+        )
+    return tuple(levels[resolution] for resolution in wanted if resolution in levels)
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | Sequence[int] = "",
+) -> SpacedDiffusion:
+    """A diffusion process over all timesteps or a subset.
+
+    :param steps: T of the process that the model is trained for.
+    :param learn_sigma: the variance is learned, between beta-tilde and beta.
+    :param sigma_small: the fixed variance is beta-tilde rather than beta.
+    :param noise_schedule: a name for :func:`.schedules.get_named_beta_schedule`.
+    :param use_kl: the loss is the variational bound.
+    :param predict_xstart: the model predicts x_0 rather than the noise.
+    :param rescale_timesteps: the model sees timesteps scaled to 0 ... 1000.
+    :param rescale_learned_sigmas: the bound's term of the hybrid loss is weighed by T / 1000.
+    :param timestep_respacing: see :func:`.respace.space_timesteps`; empty for all steps.
+    :raises ValueError: for an unknown schedule or an impossible respacing.
+    """
+    if use_kl:
+        loss_type = gd.LossType.RESCALED_KL
+    elif rescale_learned_sigmas:
+        loss_type = gd.LossType.RESCALED_MSE
+    else:
+        loss_type = gd.LossType.MSE
+    if learn_sigma:
+        var_type = gd.ModelVarType.LEARNED_RANGE
+    elif sigma_small:
+        var_type = gd.ModelVarType.FIXED_SMALL
+    else:
+        var_type = gd.ModelVarType.FIXED_LARGE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=gd.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        model_var_type=var_type,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:
+    """Add a flag for each entry, of the type of its default; bools take a word, None a string."""
+    for name, default in default_dict.items():
+        kind = read_image_size if name.endswith("_size") and name in _SIZES else flag_type(default)
+        parser.add_argument(f"--{name}", default=default, type=kind)
+
+
+_SIZES = ("image_size", "large_size", "small_size")
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The named attributes of parsed arguments."""
+    return {key: getattr(args, key) for key in keys}

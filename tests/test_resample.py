@@ -1,0 +1,151 @@
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from golden_data import assert_rel, make_diffusion, npz
+
+from improved_diffusion.errors import UserError
+from improved_diffusion.resample import (
+    SCHEDULE_SAMPLERS,
+    LossAwareSampler,
+    LossSecondMomentResampler,
+    ScheduleSampler,
+    UniformSampler,
+    create_named_schedule_sampler,
+)
+
+STEPS = 5
+
+
+@pytest.fixture
+def diffusion():
+    return make_diffusion(STEPS, schedule="cosine")
+
+
+class FixedSampler(ScheduleSampler):
+    def __init__(self, weights):
+        self._weights = np.array(weights, dtype=np.float64)
+
+    def weights(self):
+        return self._weights
+
+
+class RecordingSampler(LossAwareSampler):
+    def weights(self):
+        return np.ones(STEPS)
+
+    def update_with_all_losses(self, ts, losses):
+        self.ts, self.losses = list(ts), list(losses)
+
+
+def assert_recorded_draw(sampler, prefix):
+    timesteps, weights = sampler.sample(12, "cpu")
+    assert timesteps.dtype == torch.int64
+    assert weights.dtype == torch.float32
+    np.testing.assert_array_equal(timesteps, npz("functions")[f"{prefix}/timesteps"])
+    assert_rel(weights, npz("functions")[f"{prefix}/weights"], 1e-6)
+
+
+def test_uniform_sampler_draws_the_recorded_timesteps(diffusion):
+    np.random.seed(61)
+    assert_recorded_draw(UniformSampler(diffusion), "uniform_sampler/seed61")
+
+
+def test_second_moment_sampler_follows_the_recorded_weights_and_draws(diffusion):
+    recorded = npz("functions")
+    sampler = LossSecondMomentResampler(diffusion, history_per_term=4, uniform_prob=0.05)
+    for timesteps, losses, weights in zip(
+        recorded["second_moment/timesteps"],
+        recorded["second_moment/losses"],
+        recorded["second_moment/weights"],
+        strict=True,
+    ):
+        sampler.update_with_all_losses(timesteps, losses)
+        assert_rel(sampler.weights(), weights, 1e-9)
+    assert not np.all(sampler.weights() == 1)  # the record goes on until after the warm-up
+    np.random.seed(63)
+    assert_recorded_draw(sampler, "second_moment/seed63")
+
+
+def test_weighted_losses_keep_their_mean_whatever_the_distribution():
+    """sum_t p_t w_t L_t is the plain mean of the losses, exactly; a large draw shows it."""
+    losses = torch.tensor([3.0, 1.0, 4.0, 1.0, 5.0])
+    sampler = FixedSampler([1, 2, 3, 4, 10])
+    timesteps, weights = sampler.sample(20_000, "cpu")
+    np.testing.assert_allclose(weights, 20 / 5 / np.array([1, 2, 3, 4, 10])[timesteps], rtol=1e-6)
+    assert (losses[timesteps] * weights).mean().item() == pytest.approx(2.8, abs=0.08)
+    shares = np.bincount(timesteps, minlength=5) / 20_000
+    np.testing.assert_allclose(shares, np.array([1, 2, 3, 4, 10]) / 20, atol=0.012)
+
+
+def test_uniform_sampler_weighs_every_loss_by_one(diffusion):
+    timesteps, weights = UniformSampler(diffusion).sample(200, "cpu")
+    assert torch.equal(weights, torch.ones(200))
+    assert set(timesteps.tolist()) == set(range(STEPS))
+
+
+def test_second_moment_sampler_is_uniform_until_every_timestep_has_its_history(diffusion):
+    sampler = LossSecondMomentResampler(diffusion, history_per_term=2)
+    for t in range(STEPS):
+        sampler.update_with_all_losses([t], [10.0 * (t + 1)])
+        np.testing.assert_array_equal(sampler.weights(), np.ones(STEPS))
+    sampler.update_with_all_losses([0, 1, 2, 3], [10.0, 20.0, 30.0, 40.0])
+    np.testing.assert_array_equal(sampler.weights(), np.ones(STEPS))
+    sampler.update_with_all_losses([4], [50.0])
+    assert not np.all(sampler.weights() == 1)
+
+
+def test_second_moment_weights_are_the_root_mean_square_of_the_newest_losses(diffusion):
+    sampler = LossSecondMomentResampler(diffusion, history_per_term=2, uniform_prob=0.1)
+    for losses in ([100.0] * 5, [1.0, 2.0, 3.0, 4.0, 5.0], [7.0, 1.0, 3.0, 2.0, 5.0]):
+        sampler.update_with_all_losses(range(STEPS), losses)
+    rms = np.sqrt([(1 + 49) / 2, (4 + 1) / 2, 9, (16 + 4) / 2, 25])  # the 100s have dropped out
+    np.testing.assert_allclose(sampler.weights(), 0.9 * rms / rms.sum() + 0.1 / STEPS, rtol=1e-12)
+    assert sampler.weights().sum() == pytest.approx(1)
+
+
+def test_one_process_updates_with_its_own_losses():
+    sampler = RecordingSampler()
+    sampler.update_with_local_losses(torch.tensor([4, 0, 2]), torch.tensor([0.5, 1.5, 2.5]))
+    assert sampler.ts == [4, 0, 2]
+    assert sampler.losses == [0.5, 1.5, 2.5]
+
+
+def _update_on_rank(rank, folder):
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
+    )
+    try:
+        sampler = RecordingSampler()
+        ts, losses = ([3], [0.25]) if rank == 0 else ([1, 4, 0], [1.5, 2.5, 3.5])
+        sampler.update_with_local_losses(torch.tensor(ts), torch.tensor(losses))
+        torch.save((sampler.ts, sampler.losses), f"{folder}/{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_two_processes_with_batches_of_different_size_see_the_same_losses(tmp_path):
+    torch.multiprocessing.spawn(_update_on_rank, args=(str(tmp_path),), nprocs=2)
+    for rank in range(2):
+        ts, losses = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert ts == [3, 1, 4, 0]
+        assert all(isinstance(t, int) for t in ts)
+        assert losses == [0.25, 1.5, 2.5, 3.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("uniform", UniformSampler), ("loss-second-moment", LossSecondMomentResampler)],
+)
+def test_samplers_are_made_by_name(diffusion, name, kind):
+    sampler = create_named_schedule_sampler(name, diffusion)
+    assert type(sampler) is kind
+    assert sampler.weights().shape == (STEPS,)
+
+
+def test_unknown_sampler_error_lists_the_choices(diffusion):
+    with pytest.raises(UserError, match="importance") as caught:
+        create_named_schedule_sampler("importance", diffusion)
+    for name in SCHEDULE_SAMPLERS:
+        assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
