@@ -31,9 +31,8 @@ SPLITS = {
     "cifar_train": [f"cifar-10-batches-py/data_batch_{i}" for i in range(1, 6)],
     "cifar_test": ["cifar-10-batches-py/test_batch"],
 }
-CLASSES = (  # the names of the labels 0..9
-    ["airplane", "automobile", "bird", "cat", "deer"] + ["dog", "frog", "horse", "ship", "truck"]
-)
+# The classes of the labels 0..9.
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 CHUNK = 1 << 20  # bytes
 
 # What a pickled NumPy array names; NumPy 2 moved the function, and pickles keep the old place.
@@ -125,7 +124,7 @@ def _read(response: IO[bytes], url: str) -> bytes:
 
 def _failed(url: str, error: Exception) -> UserError:
     return UserError(
-        f"{url}: the download failed ({error or type(error).__name__}); try again, "
+        f"{url}: the download failed ({str(error) or type(error).__name__}); try again, "
         "or fetch the file by other means and name it with --archive"
     )
 
@@ -178,7 +177,7 @@ def read_batch(path: Path, data: bytes, member: str) -> tuple[np.ndarray, list[i
         and pixels.dtype == np.uint8
         and isinstance(labels, list)
         and pixels.shape == (len(labels), 3 * 32 * 32)
-        and all(type(label) is int and 0 <= label < len(CLASSES) for label in labels)
+        and all(type(label) is int and 0 <= label < len(NAMES) for label in labels)
     ):
         raise UserError(
             f"{path}: {member} must hold uint8 data [N, 3072] and N labels in 0..9; "
@@ -203,7 +202,7 @@ def named_images(images: np.ndarray, labels: list[int]) -> Iterator[tuple[str, I
     """File names and pictures, numbered in the order of the archive."""
     for index, (pixels, label) in enumerate(zip(images, labels, strict=True)):
         image = Image.fromarray(np.ascontiguousarray(pixels))  # [32, 32, 3]
-        yield f"{CLASSES[label]}_{index:05d}.png", image
+        yield f"{NAMES[label]}_{index:05d}.png", image
 
 
 def create_argparser() -> argparse.ArgumentParser:

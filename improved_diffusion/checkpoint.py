@@ -101,12 +101,12 @@ def write_tensors(path: str, value: Any) -> None:
 # -- flags beside checkpoints -----------------------------------------------------------------
 
 
-def save_config(folder: str, flags: Mapping[str, Any]) -> None:
+def save_config(folder: str, flags: Mapping[str, Any], name: str = CONFIG) -> None:
     """Store the flags of a run in its folder."""
     import blobfile as bf
 
     text = json.dumps(dict(flags), indent=1) + "\n"
-    write_file(bf.join(folder, CONFIG), text.encode())
+    write_file(bf.join(folder, name), text.encode())
 
 
 def load_config(folder: str) -> dict[str, Any]:

@@ -77,11 +77,11 @@ def make_parser(description: str, *options: type, **own_defaults: Any) -> Argume
 
 def given_flags(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> set[str]:
     """The names of the flags that the command line itself gives."""
-    before = {action.dest: action.default for action in parser._actions}
-    parser.set_defaults(**dict.fromkeys(before, argparse.SUPPRESS))
-    given = set(vars(parser.parse_args(argv)))
-    parser.set_defaults(**before)
-    return given
+    absent = object()  # argparse leaves what a namespace already holds, unless a flag is given
+    blank = argparse.Namespace(**dict.fromkeys(vars(parser.parse_args(argv)), absent))
+    return {
+        name for name, value in vars(parser.parse_args(argv, blank)).items() if value is not absent
+    }
 
 
 def flag_type(default: Any) -> Callable[[str], Any]:

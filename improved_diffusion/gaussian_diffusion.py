@@ -609,12 +609,14 @@ class GaussianDiffusion:
         x_start: Tensor,
         clip_denoised: bool = True,
         model_kwargs: ModelKwargs = None,
+        generator: Generator = None,
     ) -> dict[str, Tensor]:
         """The whole variational bound, DDPM eq. 5, and errors at every timestep.
 
         Evaluates the model at T timesteps, the last first.
 
         :param x_start: [N, C, ...] data in [-1, 1].
+        :param generator: a torch.Generator, or one per image; None for torch's global one.
         :return: "total_bpd" [N] and "prior_bpd" [N], the bound and its term L_T in bits/dim; and
             per timestep, with t = T - 1 in the first column, "vb" [N, T] in bits/dim and the mean
             squared errors "xstart_mse" [N, T] and "mse" [N, T] of x_0 and of the noise.
@@ -622,7 +624,7 @@ class GaussianDiffusion:
         columns: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for i in range(self.num_timesteps - 1, -1, -1):
             t = torch.full((x_start.shape[0],), i, device=x_start.device)
-            noise = torch.randn_like(x_start)
+            noise = randn_like(x_start, generator)
             x_t = self.q_sample(x_start, t, noise=noise)
             with torch.no_grad():
                 out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)

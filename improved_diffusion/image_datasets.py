@@ -170,7 +170,7 @@ def read_image(path: str, resolution: ImageSize, channels: int = 3) -> np.ndarra
     height, width = height_width(resolution)
     try:
         with bf.BlobFile(path, "rb") as file:
-            image = Image.open(file)
+            image: Image.Image = Image.open(file)
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -293,7 +293,7 @@ def load_data(
     )
     loader = DataLoader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]
+        batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
     )
@@ -309,25 +309,39 @@ def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         raise UserError(line.split(f"{UserError.__name__}: ", 1)[-1]) from None
 
 
-def list_and_load(
-    options: DataOptions,
-    *,
+def load_once(
+    images: ImageList,
+    num_images: int,
     batch_size: int,
     image_size: ImageSize,
-    class_cond: bool,
-    channels: int,
-    seed: int,
-) -> tuple[ImageList, Iterator[tuple[Tensor, dict[str, Tensor]]]]:
-    """What a training script needs: the images found, and their endless shuffled batches."""
-    images = list_images(options.data_dir, class_cond, options.labels_from)
-    data = load_data(
-        data_dir=options.data_dir,
-        batch_size=batch_size,
-        image_size=image_size,
-        class_cond=class_cond,
-        images=images,
-        channels=channels,
-        num_workers=options.num_workers,
-        seed=seed,
+    *,
+    channels: int = 3,
+    num_workers: int = 1,
+) -> Iterator[tuple[Tensor, dict[str, Tensor], list[int]]]:
+    """Batches of the first images in the order of the files, each image once.
+
+    Every process of a group gets equally many batches, of which the last may be empty.
+
+    :return: triples of float32 [N, C, H, W] in [-1, 1], {"y": int64 [N]} or {}, and the indices
+        of the images.
+    """
+    rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
+    stop = min(num_images, len(images.paths))
+    shares = [
+        list(
+            range(min(stop, start + rank * batch_size), min(stop, start + (rank + 1) * batch_size))
+        )
+        for start in range(0, stop, batch_size * world_size)
+    ]
+    loader = DataLoader(
+        ImageDataset(image_size, images.paths, images.classes, channels=channels),
+        batch_sampler=[share for share in shares if share],
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
     )
-    return images, data
+    batches = _batches(loader)
+    height, width = height_width(image_size)
+    nothing = torch.zeros(0, channels, height, width)
+    for share in shares:
+        batch, cond = next(batches) if share else (nothing, {})
+        yield batch, cond, share

@@ -95,16 +95,12 @@ class JSONOutputFormat(KVWriter):
     """
 
     def __init__(self, filename: str) -> None:
-        self.file = open(filename, "a")  # noqa: SIM115
+        self.filename = filename
 
     def writekvs(self, kvs: dict[str, Any]) -> None:
         """Append one line."""
-        self.file.write(json.dumps(kvs, sort_keys=True, default=float) + "\n")
-        self.file.flush()
-
-    def close(self) -> None:
-        """Close the file."""
-        self.file.close()
+        with open(self.filename, "a") as file:
+            file.write(json.dumps(kvs, sort_keys=True, default=float) + "\n")
 
 
 class CSVOutputFormat(KVWriter):

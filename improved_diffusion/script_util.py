@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,9 +144,11 @@ class _SharedOptions:
 class ModelAndDiffusionOptions(_SharedOptions):
     """The arguments of :func:`create_model_and_diffusion`, checked."""
 
-    image_size: ImageSize = option(
-        64, "size of the images: 64, or HxW such as 48x64", read_image_size
-    )
+    image_size: ImageSize = option(64, "size of the images: 64, or HxW: 48x64", read_image_size)
+
+    def model(self) -> UNetModel:
+        """The network of these options."""
+        return self._network("image_size", UNetModel)
 
 
 @dataclass(frozen=True)
@@ -409,6 +411,9 @@ def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[st
 _SIZES = ("image_size", "large_size", "small_size")
 
 
-def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
-    """The named attributes of parsed arguments."""
-    return {key: getattr(args, key) for key in keys}
+def args_to_dict(
+    args: argparse.Namespace | Mapping[str, Any], keys: Iterable[str]
+) -> dict[str, Any]:
+    """The named attributes of parsed arguments, or entries of a dict of them."""
+    values = args if isinstance(args, Mapping) else vars(args)
+    return {key: values[key] for key in keys}

@@ -133,7 +133,7 @@ class TrainLoop:
         self.ema_rate = parse_ema_rates(ema_rate)
         self.log_interval = log_interval
         self.save_interval = save_interval
-        self.resume_checkpoint = resume_checkpoint or find_resume_checkpoint()
+        self.resume_checkpoint = resume_checkpoint or find_resume_checkpoint() or ""
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)

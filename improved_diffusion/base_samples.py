@@ -1,0 +1,106 @@
+"""The small images that super-resolution starts from: an npz file, a folder or one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .errors import UserError
+from .flags import ImageSize, height_width, size_text
+from .image_datasets import list_images, read_image
+
+
+@dataclass(frozen=True)
+class BaseSamples:
+    """``images`` are float32 [N, C, h, w] in [-1, 1]; ``labels`` int64 [N], or None."""
+
+    images: Tensor
+    labels: Tensor | None = None
+
+
+def load_base_samples(
+    path: str,
+    small_size: ImageSize,
+    channels: int,
+    *,
+    want_labels: bool = False,
+    class_names: Sequence[str] = (),
+) -> BaseSamples:
+    """Read the images to upsample.
+
+    :param path: an npz file with uint8 [N, h, w, C] under ``arr_0`` and labels under ``arr_1``; or
+        a folder of images; or one image. Pictures are resized to ``small_size``.
+    :param small_size: the size that the model was trained to upsample.
+    :param want_labels: whether the model needs them.
+    :param class_names: of the model by index, to read a folder's labels from the file names.
+    :raises ValueError: naming the file and both values, if size, channels or labels do not fit.
+    """
+    import blobfile as bf
+
+    if path.endswith(".npz"):
+        return _from_npz(path, small_size, channels, want_labels)
+    if bf.isdir(path):
+        found = list_images(path, class_cond=want_labels)
+        pixels = [read_image(name, small_size, channels) for name in found.paths]
+        labels = _known_labels(path, found.classes, found.class_names, class_names)
+        return BaseSamples(_as_images(np.stack(pixels)), labels)
+    if not bf.exists(path):
+        raise UserError(f"--base_samples '{path}' does not exist")
+    if want_labels:
+        raise UserError(f"--base_samples '{path}' is one picture: give its class by --classes")
+    return BaseSamples(_as_images(read_image(path, small_size, channels)[None]))
+
+
+def _from_npz(path: str, small_size: ImageSize, channels: int, want_labels: bool) -> BaseSamples:
+    import blobfile as bf
+
+    if not bf.exists(path):
+        raise UserError(f"--base_samples '{path}' does not exist")
+    try:
+        with bf.BlobFile(path, "rb") as file, np.load(file, allow_pickle=False) as arrays:
+            pixels = arrays["arr_0"]
+            labels = arrays.get("arr_1")
+    except Exception:  # whatever a damaged archive makes zipfile or NumPy raise
+        raise UserError(f"--base_samples '{path}' is damaged, or holds no arr_0") from None
+    expected = (*height_width(small_size), channels)
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != expected:
+        raise UserError(
+            f"--base_samples '{path}' holds {pixels.dtype} {list(pixels.shape)}, but the model "
+            f"upsamples uint8 [N, {', '.join(map(str, expected))}] (--small_size "
+            f"{size_text(small_size)}, --channels {channels})"
+        )
+    if not want_labels:
+        return BaseSamples(_as_images(pixels))
+    if labels is None:
+        raise UserError(
+            f"--base_samples '{path}' has no labels (arr_1), which the class-conditional model "
+            "needs: give them by --classes"
+        )
+    return BaseSamples(_as_images(pixels), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _known_labels(
+    path: str,
+    classes: Sequence[int] | None,
+    found: Sequence[str],
+    class_names: Sequence[str],
+) -> Tensor | None:
+    """Labels of a folder's images by the model's class names."""
+    if classes is None:
+        return None
+    names = list(class_names) or list(found)
+    unknown = sorted(set(found) - set(names))
+    if unknown:
+        raise UserError(
+            f"--base_samples '{path}' has classes that the model does not know: "
+            f"{', '.join(unknown[:5])}; give the classes by --classes"
+        )
+    return torch.tensor([names.index(found[index]) for index in classes])
+
+
+def _as_images(pixels: np.ndarray) -> Tensor:
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N, C, h, w]

@@ -1,0 +1,247 @@
+"""Many samples from one model: seeded by index, shared among processes, written as files."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import checkpoint, dist_util
+from .errors import UserError
+from .flags import option, require, require_at_least
+from .gaussian_diffusion import GaussianDiffusion, Model
+from .image_datasets import PIL_MODES
+from .rng import derive_seed, sample_generators
+
+GRID_SAMPLES = 100  # at most, in grid.png
+GRID_CELL = 32  # pixels: smaller images are enlarged by a whole factor
+
+
+@dataclass(frozen=True)
+class SampleOptions:
+    """How many samples to draw, and how."""
+
+    clip_denoised: bool = option(True, "clamp each estimate of the image to the range of images")
+    num_samples: int = option(10000, "how many images to make")
+    batch_size: int = option(16, "images at a time and process; does not change the images")
+    use_ddim: bool = option(False, "sample by DDIM rather than DDPM")
+    model_path: str = option("", "checkpoint; its flags are read from the folder it lies in")
+    eta: float = option(0.0, "with --use_ddim: randomness from 0, none, to 1, like DDPM")
+    classes: str = option(
+        "", "classes to make in turn: numbers or names such as '3,7', or 'all'; '': at random"
+    )
+    save_png: bool = option(False, "also write each image as a PNG file")
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, ["num_samples", "batch_size"])
+        require(0 <= self.eta <= 1, "eta", self.eta, "in [0, 1]")
+        if self.eta and not self.use_ddim:
+            raise UserError(f"--eta {self.eta} needs --use_ddim True: DDPM has no eta")
+
+
+def parse_classes(text: str, num_classes: int | None, class_names: Sequence[str]) -> list[int]:
+    """Read ``--classes``.
+
+    :param text: "", "all", or numbers and names separated by commas.
+    :param num_classes: of the model; None for an unconditional one.
+    :param class_names: names by class index, if they are known.
+    :return: the classes to go through in turn; empty for random ones.
+    :raises ValueError: naming the classes there are, for an unknown one; or if the model has none.
+    """
+    if not text:
+        return []
+    if num_classes is None:
+        raise UserError(f"--classes {text}: this model is not class-conditional")
+    if text == "all":
+        return list(range(num_classes))
+    classes = []
+    for part in (part.strip() for part in text.split(",")):
+        index = int(part) if part.isdecimal() else -1
+        if part in class_names and not part.isdecimal():
+            index = list(class_names).index(part)
+        if not 0 <= index < num_classes:
+            names = f" or {', '.join(class_names[:5])}, ..." if class_names else ""
+            raise UserError(f"--classes {part}: choose among 0 ... {num_classes - 1}{names}")
+        classes.append(index)
+    return classes
+
+
+def class_labels(
+    indices: Sequence[int], classes: Sequence[int], num_classes: int, seed: int
+) -> Tensor:
+    """The class of each sample, which depends on its index and the seed alone.
+
+    :param indices: global indices of the samples.
+    :param classes: classes to go through in turn; empty for uniformly random ones.
+    :return: int64 [N].
+    """
+    if classes:
+        return torch.tensor([classes[i % len(classes)] for i in indices])
+    draws = [np.random.default_rng(derive_seed(seed, "class", i)) for i in indices]
+    return torch.tensor([int(draw.integers(num_classes)) for draw in draws])
+
+
+def draw_samples(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    indices: Sequence[int],
+    image_shape: Sequence[int],
+    options: SampleOptions,
+    seed: int,
+    model_kwargs: dict[str, Any],
+) -> Tensor:
+    """Draw the samples of the given indices by DDPM or DDIM.
+
+    :param image_shape: (C, H, W).
+    :param model_kwargs: for the model, with N = len(indices) rows each.
+    :return: float32 [N, C, H, W], mostly in [-1, 1].
+    """
+    arguments: dict[str, Any] = {
+        "clip_denoised": options.clip_denoised,
+        "model_kwargs": model_kwargs,
+        "device": dist_util.dev(),
+        "generator": sample_generators(seed, indices),
+    }
+    shape = (len(indices), *image_shape)
+    if options.use_ddim:
+        return diffusion.ddim_sample_loop(model, shape, eta=options.eta, **arguments)
+    return diffusion.p_sample_loop(model, shape, **arguments)
+
+
+def to_uint8(samples: Tensor) -> Tensor:
+    """[N, C, H, W] in [-1, 1] as uint8 [N, H, W, C], truncated as ever rather than rounded."""
+    levels = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8)
+    return levels.permute(0, 2, 3, 1).contiguous()
+
+
+def collect_samples(
+    make: Callable[[list[int]], tuple[Tensor, Tensor | None]], num_samples: int, batch_size: int
+) -> tuple[np.ndarray, np.ndarray | None] | None:
+    """Make samples on all processes and bring them together, with a progress bar.
+
+    :param make: from global indices to uint8 [N, H, W, C] images and int64 [N] labels or None.
+    :param batch_size: the most samples that one call makes.
+    :return: on the first process uint8 [num_samples, H, W, C] and int64 [num_samples] or None,
+        in the order of the indices; None on other processes.
+    """
+    from tqdm.auto import tqdm
+
+    images, labels = [], []
+    with tqdm(total=num_samples, unit="image", disable=dist_util.get_rank() != 0) as bar:
+        for shares in _rounds(num_samples, batch_size, dist_util.get_world_size()):
+            made, classes = make(shares[dist_util.get_rank()])
+            images.append(_gather(made))
+            labels.append(None if classes is None else _gather(classes.to(made.device)))
+            done = min(num_samples, bar.n + sum(map(len, shares)))
+            bar.update(done - bar.n)
+    if dist_util.get_rank() != 0:
+        return None
+    together = np.concatenate(images)[:num_samples]
+    if labels[0] is None:
+        return together, None
+    return together, np.concatenate([part for part in labels if part is not None])[:num_samples]
+
+
+def _rounds(num_samples: int, batch_size: int, world_size: int) -> Iterator[list[list[int]]]:
+    """Split indices into rounds, and rounds into equal shares, one for each process.
+
+    The shares of the last round may reach past ``num_samples``, to be equal.
+    """
+    start = 0
+    while start < num_samples:
+        size = min(batch_size, math.ceil((num_samples - start) / world_size))
+        starts = range(start, start + size * world_size, size)
+        yield [list(range(first, first + size)) for first in starts]
+        start += size * world_size
+
+
+def _gather(rows: Tensor) -> np.ndarray:
+    """The rows of all processes, in the order of their ranks."""
+    if dist_util.get_world_size() == 1:
+        return rows.cpu().numpy()
+    gathered = [torch.empty_like(rows) for _ in range(dist_util.get_world_size())]
+    dist.all_gather(gathered, rows.contiguous())
+    return torch.cat(gathered).cpu().numpy()
+
+
+# -- files ------------------------------------------------------------------------------------
+
+
+def write_samples(
+    folder: str,
+    images: np.ndarray,
+    labels: np.ndarray | None,
+    *,
+    classes: Sequence[int] = (),
+    class_names: Sequence[str] = (),
+    save_png: bool = False,
+) -> str:
+    """Write samples as an npz file, a grid and, if asked, one PNG each.
+
+    :param images: uint8 [N, H, W, C].
+    :param labels: int64 [N], or None.
+    :param classes: the classes that the samples go through in turn, one column of the grid each.
+    :param class_names: names by class index, for the names of the PNG files.
+    :return: the path of ``samples_NxHxWxC.npz``: ``arr_0`` holds the images, ``arr_1`` the labels.
+    """
+    path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
+    buffer = io.BytesIO()
+    np.savez(buffer, images, *([] if labels is None else [labels]))
+    checkpoint.write_file(path, buffer.getvalue())
+    if images.shape[-1] in PIL_MODES:
+        columns = len(classes) if 2 <= len(classes) <= 20 else 0
+        checkpoint.write_file(os.path.join(folder, "grid.png"), _png(grid(images, columns)))
+        if save_png:
+            _write_pngs(os.path.join(folder, "png"), images, labels, class_names)
+    elif save_png:
+        raise UserError(f"--save_png True: PNG holds 1 to 4 channels, not {images.shape[-1]}")
+    return path
+
+
+def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
+    """Images side by side, row by row.
+
+    :param images: uint8 [N, H, W, C]; the first 100 are shown.
+    :param columns: images in a row; 0 for a square.
+    :return: uint8 [rows H', columns W', C], H' >= 32 a multiple of H.
+    """
+    shown = images[:GRID_SAMPLES]
+    columns = min(columns or math.ceil(math.sqrt(len(shown))), len(shown))
+    rows = math.ceil(len(shown) / columns)
+    _, height, width, channels = shown.shape
+    cells = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
+    cells[: len(shown)] = shown
+    cells = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
+    factor = max(1, math.ceil(GRID_CELL / max(height, width)))
+    picture = cells.reshape(rows * height, columns * width, channels)
+    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    single = pixels[..., 0] if pixels.shape[-1] == 1 else pixels
+    Image.fromarray(single).save(buffer, format="PNG")
+    return buffer.getvalue()
+
+
+def _write_pngs(
+    folder: str, images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str]
+) -> None:
+    os.makedirs(folder, exist_ok=True)
+    for i, image in enumerate(images):
+        name = f"{i:06d}"
+        if labels is not None:
+            label = int(labels[i])
+            name += f"_{class_names[label] if label < len(class_names) else label}"
+        with open(os.path.join(folder, f"{name}.png"), "wb") as file:
+            file.write(_png(image))

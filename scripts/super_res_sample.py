@@ -1,0 +1,100 @@
+"""Upsample images by a super-resolution checkpoint, into an npz file and a grid."""
+
+from dataclasses import dataclass
+
+import torch
+
+from improved_diffusion import dist_util, logger, runs
+from improved_diffusion.base_samples import load_base_samples
+from improved_diffusion.dist_util import run_main
+from improved_diffusion.errors import UserError
+from improved_diffusion.flags import ArgumentParser, height_width, make_parser, option, pick
+from improved_diffusion.sample_util import (
+    SampleOptions,
+    class_labels,
+    collect_samples,
+    draw_samples,
+    parse_classes,
+    to_uint8,
+    write_samples,
+)
+from improved_diffusion.script_util import (
+    SuperResOptions,
+    args_to_dict,
+    sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
+)
+
+
+@dataclass(frozen=True)
+class BaseOptions:
+    """What to upsample."""
+
+    base_samples: str = option(
+        "", "images to upsample, in turn: an npz of image_sample.py, a folder, or one picture"
+    )
+    num_samples: int = option(
+        10000, "how many images to make; if not given, one for each of a folder or picture"
+    )
+
+    def __post_init__(self) -> None:
+        if not self.base_samples:
+            raise UserError("--base_samples is missing: name an npz file, a folder or a picture")
+
+
+def main() -> None:
+    flags, given = runs.parse(create_argparser())
+    options, base_path = pick(SampleOptions, flags), pick(BaseOptions, flags).base_samples
+    flags = runs.prepare_from_checkpoint(flags, given)
+    model, diffusion = sr_create_model_and_diffusion(
+        **args_to_dict(flags, sr_model_and_diffusion_defaults())
+    )
+    classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
+    base = load_base_samples(
+        base_path,
+        flags["small_size"],
+        flags["channels"],
+        want_labels=model.num_classes is not None and not classes,
+        class_names=flags["class_names"],
+    )
+    num_samples = options.num_samples
+    if "num_samples" not in given and not base_path.endswith(".npz"):
+        num_samples = len(base.images)
+    runs.load_for_evaluation(model, options.model_path)
+    runs.open_folder(flags["log_dir"], flags)
+    logger.log(f"upsampling {len(base.images)} images to {num_samples} samples")
+
+    def make(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
+        rows = torch.tensor(indices) % len(base.images)
+        labels, kwargs = None, {"low_res": base.images[rows].to(dist_util.dev())}
+        if model.num_classes is not None:
+            labels = (
+                base.labels[rows]
+                if base.labels is not None
+                else class_labels(indices, classes, model.num_classes, flags["seed"])
+            )
+            kwargs["y"] = labels.to(dist_util.dev())
+        shape = (flags["channels"], *height_width(flags["large_size"]))
+        images = draw_samples(model, diffusion, indices, shape, options, flags["seed"], kwargs)
+        return to_uint8(images), labels
+
+    result = collect_samples(make, num_samples, options.batch_size)
+    if result is not None:
+        path = write_samples(
+            flags["log_dir"], *result, class_names=flags["class_names"], save_png=options.save_png
+        )
+        logger.log(f"sampling complete: {path}")
+
+
+def create_argparser() -> ArgumentParser:
+    return make_parser(
+        "Upsample images by a super-resolution checkpoint.",
+        BaseOptions,
+        SampleOptions,
+        SuperResOptions,
+        runs.RunOptions,
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
