@@ -35,8 +35,7 @@ def make_master_params(model_params: Iterable[Tensor]) -> list[nn.Parameter]:
 
     :return: a list of that one parameter, [sum of sizes].
     """
-    flat = _flatten_dense_tensors([param.detach().float() for param in model_params])
-    return [nn.Parameter(flat)]
+    return [nn.Parameter(_flatten_copy([param.detach() for param in model_params]))]
 
 
 def model_grads_to_master_grads(
@@ -46,14 +45,17 @@ def model_grads_to_master_grads(
 
     A parameter that got no gradient counts as zero.
     """
-    master_params[0].grad = _flatten_dense_tensors(
+    master_params[0].grad = _flatten_copy(
         [
-            torch.zeros_like(param, dtype=torch.float32)
-            if param.grad is None
-            else param.grad.detach().float()
+            torch.zeros_like(param) if param.grad is None else param.grad.detach()
             for param in model_params
         ]
     )
+
+
+def _flatten_copy(tensors: Iterable[Tensor]) -> Tensor:
+    """One float32 vector that shares no memory with the tensors."""
+    return _flatten_dense_tensors([t.to(torch.float32, copy=True) for t in tensors])
 
 
 def master_params_to_model_params(

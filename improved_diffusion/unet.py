@@ -6,6 +6,7 @@ load with ``strict=True``.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -184,13 +185,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False) -> None:
         super().__init__()
-        if num_heads < 1 or channels % num_heads:
-            legal = [n for n in range(1, channels + 1) if channels % n == 0]
-            nearest = sorted(sorted(legal, key=lambda n: abs(n - num_heads))[:2])
-            raise UserError(
-                f"num_heads {num_heads} does not divide a level of {channels} channels; the "
-                f"nearest that do are {' and '.join(map(str, nearest))}"
-            )
+        _check_heads("num_heads", num_heads, channels)
         self.channels = channels
         self.num_heads = num_heads
         self.use_checkpoint = use_checkpoint
@@ -215,6 +210,16 @@ class AttentionBlock(nn.Module):
         return (flat + self.proj_out(h)).reshape(x.shape)
 
 
+def _check_heads(flag: str, num_heads: int, channels: int) -> None:
+    if num_heads < 1 or channels % num_heads:
+        legal = [n for n in range(1, channels + 1) if channels % n == 0]
+        nearest = sorted(sorted(legal, key=lambda n: abs(n - num_heads))[:2])
+        raise UserError(
+            f"{flag} {num_heads} does not divide a level of {channels} channels; the nearest that "
+            f"do are {' and '.join(map(str, nearest))}"
+        )
+
+
 class QKVAttention(nn.Module):
     """Scaled dot-product attention (arXiv 1706.03762, eq. 1) of packed queries, keys, values."""
 
@@ -227,16 +232,14 @@ class QKVAttention(nn.Module):
         return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
     @staticmethod
-    def count_flops(model: Any, _x: Any, y: Sequence[Tensor]) -> None:
+    def count_flops(model: Any, _x: Any, y: Tensor | Sequence[Tensor]) -> None:
         """A counter for the ``thop`` package: adds the two matrix products to ``total_ops``.
 
-        :param y: the outputs; the first is [B, D, L].
+        :param y: the output [B, D, L], alone or as the first of several.
         """
-        b, d, *spatial = y[0].shape
-        length = 1
-        for size in spatial:
-            length *= size
-        model.total_ops += torch.DoubleTensor([2 * b * length**2 * d])
+        output = y if isinstance(y, Tensor) else y[0]
+        b, d, *spatial = output.shape
+        model.total_ops += torch.DoubleTensor([2 * b * math.prod(spatial) ** 2 * d])
 
 
 class UNetModel(nn.Module):
@@ -343,6 +346,7 @@ class UNetModel(nn.Module):
                 layers = [res_block(ch + skip_channels.pop(), width)]
                 ch = width
                 if 2**level in attention_resolutions:
+                    _check_heads("num_heads_upsample", self.num_heads_upsample, ch)
                     layers.append(attention(ch, self.num_heads_upsample))
                 if level > 0 and i == num_res_blocks:
                     layers.append(Upsample(ch, conv_resample, dims=dims))
@@ -369,6 +373,11 @@ class UNetModel(nn.Module):
         """The type in which the trunk computes."""
         return next(self.input_blocks.parameters()).dtype
 
+    @property
+    def _outer_dtype(self) -> torch.dtype:
+        """The type of the embedding and of the last layers, which stay out of half precision."""
+        return next(self.time_embed.parameters()).dtype
+
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """
         :param x: [N, C, ...] noised images.
@@ -378,7 +387,8 @@ class UNetModel(nn.Module):
         :raises ValueError: if labels are missing or given in vain, or if a side of ``x`` cannot be
             halved as often as the model has levels.
         """
-        return self.out(self._features(x, timesteps, y)["up"][-1].type(x.dtype))
+        h = self._features(x, timesteps, y)["up"][-1]
+        return self.out(h.type(self._outer_dtype)).type(x.dtype)
 
     def get_feature_vectors(
         self, x: Tensor, timesteps: Tensor, y: Tensor | None = None
@@ -397,7 +407,8 @@ class UNetModel(nn.Module):
 
     def _features(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> dict[str, Any]:
         self._check_input(x, y)
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))  # [N, E]
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        emb = self.time_embed(embedding.type(self._outer_dtype))  # [N, E]
         if y is not None:
             emb = emb + self.label_emb(y)
         down, up = [], []
@@ -413,7 +424,7 @@ class UNetModel(nn.Module):
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:
         if (y is not None) != (self.num_classes is not None):
-            raise ValueError(
+            raise UserError(
                 "this model is class-conditional: pass labels y [N]"
                 if y is None
                 else "this model is not class-conditional: pass no labels y"
@@ -421,7 +432,7 @@ class UNetModel(nn.Module):
         factor = 2 ** (len(self.channel_mult) - 1)
         halved = x.shape[-2:] if self.dims == 3 else x.shape[2:]
         if any(size % factor for size in halved):
-            raise ValueError(
+            raise UserError(
                 f"an input of size {tuple(halved)} cannot be halved {len(self.channel_mult) - 1} "
                 f"times: each side must be a multiple of {factor}"
             )
@@ -457,6 +468,6 @@ class SuperResModel(UNetModel):
     @staticmethod
     def _with_low_res(x: Tensor, low_res: Tensor | None) -> Tensor:
         if low_res is None:
-            raise ValueError("a super-resolution model needs low_res [N, C, h, w]")
+            raise UserError("a super-resolution model needs low_res [N, C, h, w]")
         upsampled = F.interpolate(low_res, x.shape[2:], mode="bilinear")
         return torch.cat([x, upsampled], dim=1)  # [N, 2 C, H, W]

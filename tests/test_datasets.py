@@ -31,17 +31,28 @@ def script(name):
     return importlib.import_module(name)
 
 
-def run_script(name, *args, **environment):
-    """Run a script as users do; its exit code, stdout and stderr."""
-    done = subprocess.run(
-        [sys.executable, DATASETS / f"{name}.py", *map(str, args)],
-        capture_output=True,
-        text=True,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
-    assert "Traceback" not in done.stderr
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture(scope="module")
+def run_script(tmp_path_factory):
+    """Run a script as users do; its exit code, stdout and stderr.
+
+    With ``package=False`` as where the package is not installed, which starts without torch.
+    """
+    hidden = tmp_path_factory.mktemp("hidden")
+    error = "raise ModuleNotFoundError('No module named improved_diffusion')"
+    (hidden / "improved_diffusion.py").write_text(error)
+
+    def run(name, *args, package=False):
+        done = subprocess.run(
+            [sys.executable, DATASETS / f"{name}.py", *map(str, args)],
+            capture_output=True,
+            text=True,
+            env=dict(os.environ) if package else {**os.environ, "PYTHONPATH": str(hidden)},
+            timeout=120,
+        )
+        assert "Traceback" not in done.stderr
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
 def error_of(capsys, name, *args):
@@ -68,7 +79,7 @@ def names(folder):
 
 
 @pytest.fixture(scope="module")
-def digits_folder(tmp_path_factory):
+def digits_folder(tmp_path_factory, run_script):
     folder = tmp_path_factory.mktemp("digits") / "a" / "b"
     code, out, _ = run_script("digits", folder)
     assert (code, out) == (0, f"wrote 1797 images to {folder.resolve()}\n")
@@ -239,7 +250,7 @@ def test_the_test_archive_is_pickled_like_the_published_one(cifar):
     assert not any("UNICODE" in name for name, _ in operations)
 
 
-def test_cifar10_writes_both_splits_in_the_order_of_the_batches(tmp_path, cifar):
+def test_cifar10_writes_both_splits_in_the_order_of_the_batches(tmp_path, cifar, run_script):
     batches, path, md5 = cifar
     code, out, _ = run_script("cifar10", tmp_path / "out", "--archive", path, "--md5", md5)
     assert code == 0
@@ -250,7 +261,7 @@ def test_cifar10_writes_both_splits_in_the_order_of_the_batches(tmp_path, cifar)
     assert_holds_cifar(tmp_path / "out", batches)
 
 
-def test_cifar10_refuses_an_archive_of_another_checksum_unopened(tmp_path, cifar):
+def test_cifar10_refuses_an_archive_of_another_checksum_unopened(tmp_path, cifar, run_script):
     _, path, md5 = cifar
     code, out, err = run_script("cifar10", tmp_path / "out", "--archive", path)
     assert (code, out) == (2, "")
@@ -438,7 +449,7 @@ def bedrooms(tmp_path):
     return pictures, tmp_path / "train_lmdb"
 
 
-def test_lsun_writes_numbered_squares_in_the_order_of_the_keys(tmp_path, bedrooms):
+def test_lsun_writes_numbered_squares_in_the_order_of_the_keys(tmp_path, bedrooms, run_script):
     pictures, path = bedrooms
     out_dir = tmp_path / "out"
     code, out, _ = run_script("lsun_bedroom", path, out_dir, "--image_size", 32)
@@ -668,7 +679,7 @@ def test_running_again_writes_the_same_files(tmp_path, capsys):
     assert "note" not in capsys.readouterr().err
 
 
-def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path):
+def test_an_output_folder_that_cannot_be_made_is_one_line(tmp_path, run_script):
     (tmp_path / "file").touch()
     code, out, err = run_script("digits", tmp_path / "file")
     assert (code, out) == (2, "")
@@ -683,13 +694,18 @@ def test_a_mistake_of_our_own_keeps_its_traceback():
         script("_common").run(broken)
 
 
-def test_the_scripts_work_where_the_package_is_not_installed(tmp_path):
-    fake = tmp_path / "improved_diffusion.py"
-    fake.write_text("raise ModuleNotFoundError('No module named torch')")
-    code, out, _ = run_script("digits", tmp_path / "out", PYTHONPATH=str(tmp_path))
-    assert (code, out.split()[:2]) == (0, ["wrote", "1797"])
-    code, _, err = run_script("digits", tmp_path / "x", "--size", 0, PYTHONPATH=str(tmp_path))
-    assert (code, err.count("\n")) == (2, 1)
+def test_a_mistake_ends_alike_with_and_without_the_package(tmp_path, run_script):
+    args = ["digits", tmp_path, "--size", 0]
+    without = run_script(*args)
+    assert without == run_script(*args, package=True)
+    assert without[0] == 2
+    assert re.fullmatch(r"digits\.py: error: --size 0: .*\n", without[2])
+
+
+def test_the_scripts_raise_the_error_of_the_package():
+    from improved_diffusion.errors import UserError
+
+    assert script("_common").UserError is UserError
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -136,6 +136,17 @@ def test_gradients_go_into_the_flat_float32_gradient():
     assert masters[0].grad.tolist() == [0.5] * 6 + [1.5] * 4 + [2.5] * 4
 
 
+def test_gradients_of_a_model_that_is_all_half_become_float32():
+    """1024 times 100 overflows float16: unscaling and adding up belong on the master."""
+    param = nn.Parameter(torch.zeros(3, dtype=torch.float16))
+    masters = make_master_params([param])
+    param.grad = torch.full_like(param, 100)
+    model_grads_to_master_grads([param], masters)
+    assert masters[0].grad.dtype == torch.float32
+    masters[0].grad.mul_(1024)
+    assert masters[0].grad.tolist() == [102400.0] * 3
+
+
 def test_parameters_without_a_gradient_count_as_zero():
     params = mixed_params()
     masters = make_master_params(params)

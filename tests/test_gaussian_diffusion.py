@@ -439,6 +439,17 @@ def test_labels_reach_the_model_in_every_loss(x_start, noise, t):
         assert not torch.isclose(plain[1:], labelled[1:]).any()
 
 
+def test_bits_per_dimension_pass_labels_on_and_keep_no_graph(x_start):
+    diffusion, model = make_diffusion(respacing="3"), FormulaModel()
+    torch.manual_seed(5)
+    plain = diffusion.calc_bpd_loop(model, x_start)
+    torch.manual_seed(5)
+    labelled = diffusion.calc_bpd_loop(model, x_start, model_kwargs={"y": torch.arange(4.0)})
+    assert not any(values.requires_grad for values in plain.values())
+    assert torch.equal(labelled["vb"][0], plain["vb"][0])  # label 0 adds nothing
+    assert not torch.isclose(labelled["vb"][1:], plain["vb"][1:]).any()
+
+
 # -- processes of one step -------------------------------------------------------------------------
 
 

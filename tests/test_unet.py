@@ -233,6 +233,21 @@ def test_attention_resolutions_are_downsampling_factors():
     assert attending(model.output_blocks) == [True, True, False, False, True, True]
 
 
+@pytest.mark.parametrize(
+    ("size", "missing"), [("8", []), ("8,10", ["10"]), ("12,64", ["12", "64"])]
+)
+def test_attention_at_sizes_that_are_no_level_is_left_out_with_a_warning(size, missing, caplog):
+    """Of 32 pixels the levels are 32, 16, 8 and 4; the middle block attends in any case."""
+    arguments = {**SMALL["uncond32"]["arguments"], "attention_resolutions": size}
+    with torch.device("meta"):
+        model = create_model(**arguments)
+    assert model.attention_resolutions == ({4} if "8" in size else set())
+    assert len(caplog.records) == (1 if missing else 0)
+    if missing:
+        assert f"no level of size {', '.join(missing)};" in caplog.text
+        assert "32, 16, 8, 4" in caplog.text
+
+
 @pytest.mark.parametrize(("asked", "got"), [(-1, 2), (4, 4)])
 def test_upsampling_path_has_its_own_heads_unless_minus_one(asked, got):
     model = UNetModel(**small_options(num_heads_upsample=asked))
@@ -598,7 +613,7 @@ def test_heads_that_do_not_divide_are_an_error_with_the_nearest_that_do(heads, n
     message = message_of(error)
     assert f"num_heads {heads} " in message
     assert "64 channels" in message
-    assert nearest in message
+    assert message.endswith(f"nearest that do are {nearest}")
 
 
 def test_heads_of_the_upsampling_path_that_do_not_divide_are_named_as_such():
@@ -623,7 +638,7 @@ def test_channels_that_are_no_multiple_of_the_groups_are_an_error(changes, width
     message = message_of(error)
     assert "num_channels" in message
     assert f"{width} channels" in message
-    assert f"nearest are {nearest}" in message
+    assert message.endswith(f"nearest are {nearest}")
 
 
 def test_missing_labels_are_an_error():

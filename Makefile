@@ -1,0 +1,46 @@
+# make demo   train on handwritten digits, sample, look: about four minutes on two cores
+# make test   the whole test suite;  make test-quick  without the slow tests
+# make check  lint, format and types, as CI runs it
+
+PYTHON ?= python3
+VENV ?= .venv
+RUNS ?= runs
+PY = $(VENV)/bin/python
+DEMO = $(RUNS)/demo
+STEPS = 2500
+EMA = $(DEMO)/train/ema_0.995_$(shell printf %06d $(STEPS)).pt
+
+.PHONY: demo test test-quick check clean
+
+demo: $(VENV)/.demo
+	$(PY) datasets/digits.py $(DEMO)/digits
+	$(PY) scripts/image_train.py --log_dir $(DEMO)/train --data_dir $(DEMO)/digits \
+	    --image_size 8 --channels 1 --class_cond True --learn_sigma True \
+	    --noise_schedule cosine --num_channels 32 --num_res_blocks 2 \
+	    --attention_resolutions 4 --batch_size 64 --lr 2e-3 --ema_rate 0.995 \
+	    --lr_anneal_steps $(STEPS) --log_interval 250 --save_interval 1000
+	$(PY) scripts/image_sample.py --log_dir $(DEMO)/samples --model_path $(EMA) \
+	    --num_samples 500 --classes all --batch_size 100 \
+	    --use_ddim True --timestep_respacing ddim50
+	$(PY) benchmarks/demo_quality.py $(DEMO)/samples
+	@echo "Look at $(DEMO)/samples/grid.png"
+
+test: $(VENV)/.test
+	$(PY) -m pytest
+
+test-quick: $(VENV)/.test
+	$(PY) -m pytest -m "not slow"
+
+check: $(VENV)/.test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+# An environment with the tested versions and the extra that a target needs
+$(VENV)/.%: setup.py constraints.txt
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+clean:
+	rm -rf build *.egg-info .pytest_cache .ruff_cache .mypy_cache
