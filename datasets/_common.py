@@ -13,12 +13,7 @@ from pathlib import Path
 from PIL import Image
 from tqdm import tqdm
 
-try:
-    from improved_diffusion.errors import UserError as UserError
-except ModuleNotFoundError:  # data can be prepared where the package, or torch, is not installed
-
-    class UserError(ValueError):  # type: ignore[no-redef]
-        """A flag or file that cannot work."""
+from improved_diffusion.errors import UserError
 
 
 def run(main: Callable[[Sequence[str] | None], None], argv: Sequence[str] | None = None) -> None:

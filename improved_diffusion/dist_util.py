@@ -294,8 +294,8 @@ def _own_address() -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and end the process, on all ranks when one of them fails.
 
-    A user's mistake prints one line on stderr and exits with 2; anything else that goes wrong
-    prints its traceback and exits with 1.
+    A user's mistake, and a file that cannot be opened or written, print one line on stderr and
+    exit with 2; anything else that goes wrong prints its traceback and exits with 1.
     """
     code = 0
     try:
@@ -305,9 +305,13 @@ def run_main(main: Callable[[], None]) -> None:
         code = 2
     except KeyboardInterrupt:
         code = 130
-    except Exception:
-        traceback.print_exc()
-        code = 1
+    except Exception as error:
+        if isinstance(error, OSError) and error.filename is not None:  # such as no permission
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            code = 2
+        else:
+            traceback.print_exc()
+            code = 1
     if code:
         _take_down(code)
     if dist.is_initialized():

@@ -26,6 +26,7 @@ from improved_diffusion.gaussian_diffusion import (
     ModelVarType,
 )
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.rng import sample_generators
 from improved_diffusion.tables import _extract_into_tensor
 
 STEPS = 50
@@ -448,6 +449,24 @@ def test_bits_per_dimension_pass_labels_on_and_keep_no_graph(x_start):
     assert not any(values.requires_grad for values in plain.values())
     assert torch.equal(labelled["vb"][0], plain["vb"][0])  # label 0 adds nothing
     assert not torch.isclose(labelled["vb"][1:], plain["vb"][1:]).any()
+
+
+def test_bits_of_an_image_depend_on_its_generator_and_not_on_the_batch(x_start):
+    diffusion, model = make_diffusion(respacing="5"), FormulaModel()
+    before = torch.get_rng_state()
+    whole, *parts = (
+        diffusion.calc_bpd_loop(
+            model, x_start[images], generator=sample_generators(0, range(4)[images])
+        )
+        for images in (slice(0, 4), slice(0, 1), slice(1, 4))
+    )
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, values in whole.items():
+        torch.testing.assert_close(torch.cat([part[name] for part in parts]), values)
+    torch.manual_seed(8)
+    expected = diffusion.calc_bpd_loop(model, x_start)["total_bpd"]
+    one = diffusion.calc_bpd_loop(model, x_start, generator=torch.Generator().manual_seed(8))
+    torch.testing.assert_close(one["total_bpd"], expected)
 
 
 # -- processes of one step -------------------------------------------------------------------------

@@ -1,0 +1,425 @@
+"""The training loop in one process; test_dist_util.py has several."""
+
+import csv
+import json
+import os
+import re
+
+import numpy as np
+import pytest
+import torch
+from golden_data import load_json
+from torch.utils._python_dispatch import TorchDispatchMode
+from toy import STEPS, TimestepByImage, batches, make_batch, make_diffusion, make_model
+
+from improved_diffusion import checkpoint, logger
+from improved_diffusion.errors import UserError
+from improved_diffusion.resample import LossSecondMomentResampler
+from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.train_util import (
+    TrainLoop,
+    TrainOptions,
+    find_ema_checkpoint,
+    find_resume_checkpoint,
+    get_blob_logdir,
+    log_loss_dict,
+)
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    with logger.scoped_configure(str(tmp_path / "run"), format_strs=["log", "csv"]):
+        yield tmp_path / "run"
+
+
+def make_loop(**changes):
+    arguments = {
+        "model": changes.pop("model", None) or make_model(),
+        "diffusion": make_diffusion(),
+        "data": batches(),
+        "schedule_sampler": TimestepByImage(),
+        "batch_size": 4,
+        "microbatch": -1,
+        "lr": 1e-3,
+        "ema_rate": "0.9,0.99",
+        "log_interval": 1,
+        "save_interval": 2,
+        "resume_checkpoint": "",
+        "lr_anneal_steps": 5,
+    }
+    return TrainLoop(**{**arguments, **changes})
+
+
+def files(folder):
+    return sorted(path.name for path in folder.glob("*.pt"))
+
+
+def load(path):
+    return torch.load(path, weights_only=True)
+
+
+def log_text(folder):
+    return (folder / "log.txt").read_text()
+
+
+def rows(folder):
+    with open(folder / "progress.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# -- recorded runs ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["five", "four", "fp16"])
+def test_files_columns_and_optimiser_are_the_recorded_ones(run_dir, name):
+    recorded = load_json("training.json")[name]
+    keys = ("lr_anneal_steps", "save_interval", "use_fp16", "ema_rate")
+    loop = make_loop(
+        model=make_model(wake=False),
+        diffusion=make_diffusion(SpacedDiffusion),
+        schedule_sampler=None,
+        **{key: recorded[key] for key in keys},
+    )
+    loop.run_loop()
+    assert files(run_dir) == recorded["files"]
+
+    columns = set(rows(run_dir)[0])
+    plain = {column for column in columns if not re.search(r"_q\d$", column)}
+    assert plain == {c for c in recorded["progress_columns"] if not re.search(r"_q\d$", c)} | {"vb"}
+    quartiles = columns - plain
+    assert quartiles
+    assert all(re.fullmatch(r"(loss|mse|vb)_q[0-3]", column) for column in quartiles)
+
+    for file, updates in recorded["updates_in_opt_file"].items():
+        state = load(run_dir / file)
+        assert {float(entry["step"]) for entry in state["state"].values()} == {updates}
+        assert state["param_groups"][0]["lr"] == pytest.approx(recorded["lr_in_opt_file"][file])
+        assert sorted(state["state"][0]) == sorted(recorded["opt_state_keys"])
+        tensors = len(list(loop.model.parameters()))
+        assert len(state["state"]) == (1 if recorded["use_fp16"] else tensors)
+    for file in files(run_dir):
+        if not file.startswith("opt"):
+            state = load(run_dir / file)
+            assert list(state) == list(make_model().state_dict())
+            assert {value.dtype for value in state.values()} == {torch.float32}
+
+
+# -- arithmetic -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 4, 7])
+def test_gradient_is_that_of_the_whole_batch_whatever_the_microbatch(run_dir, microbatch):
+    loop = make_loop(microbatch=microbatch)
+    batch = make_batch(0)
+    loop.forward_backward(batch, {})
+    t, weights = TimestepByImage().sample(4, "cpu")
+    model = make_model()
+    losses = make_diffusion().training_losses(model, batch, t)["loss"]
+    (losses * weights).mean().backward()
+    for ours, theirs in zip(loop.model_params, model.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_conditions_are_split_with_the_images(run_dir):
+    model = make_model(num_classes=4)
+    seen = []
+    model.register_forward_pre_hook(
+        lambda _, args, kwargs: seen.append((args[0].shape[0], kwargs["y"].tolist())),
+        with_kwargs=True,
+    )
+    loop = make_loop(model=model, microbatch=3)
+    loop.forward_backward(make_batch(0), {"y": torch.tensor([3, 2, 1, 0])})
+    assert seen == [(3, [3, 2, 1]), (1, [0])]
+
+
+def test_updates_are_adamw_with_a_falling_rate_and_ema_follows(run_dir):
+    loop = make_loop(lr_anneal_steps=3, save_interval=100, weight_decay=0.1)
+    model = make_model()
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    averages = {rate: [p.detach().clone() for p in model.parameters()] for rate in (0.9, 0.99)}
+    for step in range(3):
+        optimiser.zero_grad()
+        t, weights = TimestepByImage().sample(4, "cpu")
+        losses = make_diffusion().training_losses(model, make_batch(step), t)["loss"]
+        (losses * weights).mean().backward()
+        optimiser.param_groups[0]["lr"] = 1e-3 * (1 - step / 3)
+        optimiser.step()
+        for rate, average in averages.items():
+            for a, p in zip(average, model.parameters(), strict=True):
+                a.copy_(rate * a + (1 - rate) * p.detach())
+    loop.run_loop()
+    for ours, theirs in zip(loop.model_params, model.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+    for params, average in zip(loop.ema_params, averages.values(), strict=True):
+        for ours, theirs in zip(params, average, strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-7)
+    saved = load(run_dir / "ema_0.99_000003.pt")
+    torch.testing.assert_close(list(saved.values()), averages[0.99], rtol=1e-5, atol=1e-7)
+
+
+def test_float16_follows_float32(run_dir):
+    half, full = make_loop(use_fp16=True, lr=1e-4), make_loop(lr=1e-4)
+    assert half.model.inner_dtype == torch.float16
+    half.lg_loss_scale = 10.0  # the woken network overflows at the default
+    half.run_loop()
+    full.run_loop()
+    ours = list(half._state_dict(half.master_params).values())
+    start, theirs = list(make_model().parameters()), full.model_params
+    moved = sum((b - a).abs().sum() for a, b in zip(start, theirs, strict=True))
+    apart = sum((b - a).abs().sum() for a, b in zip(ours, theirs, strict=True))
+    assert apart < 0.25 * moved
+    assert half.lg_loss_scale == pytest.approx(10 + 5 * 1e-3)
+
+
+def test_overflow_lowers_the_scale_and_skips_only_the_update(run_dir):
+    loop = make_loop(use_fp16=True, lr_anneal_steps=0)
+    loop.lr_anneal_steps = 10
+    loop.lg_loss_scale, loop.step = 60.0, 4
+    before = [p.detach().clone() for p in loop.master_params]
+    loop.run_step(make_batch(0), {})
+    assert loop.lg_loss_scale == 59
+    assert all(torch.equal(a, b) for a, b in zip(before, loop.master_params, strict=True))
+    assert loop.opt.param_groups[0]["lr"] == pytest.approx(1e-3 * 0.6)  # annealed all the same
+    assert "grad_norm" in logger.getkvs()
+    assert "59" in log_text(run_dir)
+
+
+def test_importance_sampler_learns_from_the_losses(run_dir):
+    sampler = LossSecondMomentResampler(make_diffusion(), history_per_term=12)
+    make_loop(schedule_sampler=sampler, microbatch=2, lr_anneal_steps=3).run_loop()
+    assert sampler._loss_counts.sum() == 3 * 4
+
+
+class _Synchronisations(TorchDispatchMode):
+    """Counts reads of a tensor's value by the host."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._local_scalar_dense.default:
+            self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_value_is_read_between_log_intervals(run_dir):
+    loop = make_loop(lr_anneal_steps=0)
+    loop.run_step(make_batch(0), {})  # makes the optimiser's state
+    with _Synchronisations() as reads:
+        loop.run_step(make_batch(1), {})
+        # torch's AdamW keeps its step counts on the host and reads those
+        steps = len(loop.model_params)
+        assert reads.count <= steps
+        loop._flush_losses()
+        assert reads.count > 0
+
+
+# -- the log --------------------------------------------------------------------------------------
+
+
+def test_log_has_means_by_quartile_and_absolute_counts(run_dir):
+    ts = torch.tensor([0, 9, 10, 39, 38])
+    log_loss_dict(make_diffusion(), ts, {"loss": torch.tensor([1.0, 3.0, 5.0, 7.0, 9.0])})
+    values = logger.dumpkvs()
+    assert values == {"loss": 5, "loss_q0": 2, "loss_q1": 5, "loss_q3": 8}
+
+
+def test_log_rows_come_at_the_interval(run_dir):
+    make_loop(log_interval=2).run_loop()
+    assert [row["step"] for row in rows(run_dir)] == ["0", "2", "4"]
+    assert [row["samples"] for row in rows(run_dir)] == ["4", "12", "20"]
+    assert all(float(row["grad_norm"]) > 0 for row in rows(run_dir))
+
+
+def test_logged_loss_is_the_mean_over_the_interval(run_dir):
+    losses = []
+    diffusion = make_diffusion()
+    training_losses = diffusion.training_losses
+
+    def recording(*args, **kwargs):
+        terms = training_losses(*args, **kwargs)
+        losses.append(terms["loss"].detach() * 1.5)
+        return terms
+
+    diffusion.training_losses = recording
+    make_loop(diffusion=diffusion, log_interval=2, lr_anneal_steps=3, microbatch=3).run_loop()
+    expected = torch.cat(losses[2:6]).mean().item()  # steps 1 and 2, two parts each
+    assert float(rows(run_dir)[1]["loss"]) == pytest.approx(expected, rel=1e-5)
+
+
+# -- ending ---------------------------------------------------------------------------------------
+
+
+def test_last_step_is_saved_after_the_loop(run_dir):
+    make_loop(lr_anneal_steps=4, save_interval=2).run_loop()
+    assert [f for f in files(run_dir) if f.startswith("model")] == [
+        "model000000.pt", "model000002.pt", "model000004.pt",
+    ]  # fmt: skip
+    state = load(run_dir / "opt000004.pt")
+    assert {float(entry["step"]) for entry in state["state"].values()} == {4}
+
+
+def test_training_test_variable_ends_after_a_save(run_dir, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")
+    make_loop(lr_anneal_steps=0, save_interval=2).run_loop()
+    assert [f for f in files(run_dir) if f.startswith("model")] == [
+        "model000000.pt", "model000002.pt",
+    ]  # fmt: skip
+
+
+def test_checkpoints_go_to_the_blob_folder(run_dir, tmp_path, monkeypatch):
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(blobs))
+    assert get_blob_logdir() == str(blobs)
+    make_loop(lr_anneal_steps=1).run_loop()
+    assert "model000000.pt" in files(blobs)
+    assert files(run_dir) == []
+
+
+# -- resuming -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+@pytest.mark.parametrize("explicit", [False, True])
+def test_resumed_run_equals_the_uninterrupted_one(tmp_path, explicit, use_fp16):
+    if use_fp16 and explicit:
+        pytest.skip("covered by the other three")
+    changes = {"lr_anneal_steps": 6, "save_interval": 2, "use_fp16": use_fp16}
+    changes["fp16_scale_growth"] = 0.0  # the scale is not in the files
+    with logger.scoped_configure(str(tmp_path / "whole"), format_strs=[]):
+        whole_loop = make_loop(**changes)
+        whole_loop.lg_loss_scale = 10.0  # the woken network overflows at the default
+        whole_loop.run_loop()
+
+    with logger.scoped_configure(str(tmp_path / "part"), format_strs=["log"]):
+        first = make_loop(**changes)
+        first.lg_loss_scale = 10.0
+        for _ in range(4):  # saves steps 0 and 2, and dies in step 4
+            first.run_step(*next(first.data))
+            if first.step % 2 == 0:
+                first.save()
+            first.step += 1
+        newest = str(tmp_path / "part" / "model000002.pt")
+        assert find_resume_checkpoint() == newest
+        second = make_loop(
+            model=make_model(seed=99),
+            data=batches(first=3),
+            resume_checkpoint=newest if explicit else "",
+            **changes,
+        )
+        assert second.resume_step == 2
+        second.lg_loss_scale = 10.0
+        second.run_loop()
+    text = log_text(tmp_path / "part")
+    for thing in ("model restored", "EMA 0.9 restored", "EMA 0.99 restored", "optimiser restored"):
+        assert thing in text
+    for name in ("model000006.pt", "ema_0.9_000006.pt", "ema_0.99_000006.pt"):
+        whole, part = load(tmp_path / "whole" / name), load(tmp_path / "part" / name)
+        assert all(torch.equal(whole[key], part[key]) for key in whole), name
+
+
+def test_resume_says_what_is_cold(run_dir, tmp_path):
+    torch.save(make_model(seed=5).state_dict(), tmp_path / "odd_name.pt")
+    loop = make_loop(resume_checkpoint=str(tmp_path / "odd_name.pt"))
+    assert (loop.resume_step, loop.step) == (0, 0)
+    text = log_text(run_dir)
+    assert "model restored" in text
+    assert "EMA 0.9 cold" in text
+    assert "optimiser cold" in text
+    for params in loop.ema_params:
+        assert torch.equal(params[0], loop.model_params[0])
+
+
+def test_step_zero_is_resumed_in_full(run_dir):
+    make_loop(lr_anneal_steps=1).run_loop()
+    loop = make_loop(resume_checkpoint=str(run_dir / "model000000.pt"))
+    assert loop.step == 1
+    assert "optimiser restored" in log_text(run_dir)
+    assert "EMA 0.9 restored" in log_text(run_dir)
+
+
+def test_learning_rate_flag_wins_over_the_file(run_dir):
+    make_loop(lr_anneal_steps=0, lr=1e-3).save()
+    loop = make_loop(lr_anneal_steps=0, lr=5e-4, resume_checkpoint=str(run_dir / "model000000.pt"))
+    loop.run_step(make_batch(0), {})
+    assert loop.opt.param_groups[0]["lr"] == 5e-4
+    assert "learning rate 0.0005, was 0.001" in log_text(run_dir)
+
+
+def test_finished_run_has_nothing_to_do(run_dir):
+    make_loop(lr_anneal_steps=3).run_loop()
+    before = {name: (run_dir / name).stat().st_mtime_ns for name in files(run_dir)}
+    make_loop(lr_anneal_steps=3).run_loop()
+    assert "nothing to do: 3 of 3 steps done" in log_text(run_dir)
+    assert before == {name: (run_dir / name).stat().st_mtime_ns for name in files(run_dir)}
+
+
+def test_checkpoint_of_another_network_is_refused(run_dir, tmp_path):
+    torch.save(make_model(num_classes=3).state_dict(), tmp_path / "model000001.pt")
+    with pytest.raises(UserError, match=r"--class_cond False here, True in the checkpoint"):
+        make_loop(resume_checkpoint=str(tmp_path / "model000001.pt"))
+
+
+def test_optimiser_of_another_precision_is_refused(run_dir):
+    make_loop(lr_anneal_steps=1, use_fp16=True).run_loop()
+    with pytest.raises(UserError, match=r"opt000000.pt' does not fit.*--use_fp16"):
+        make_loop(resume_checkpoint=str(run_dir / "model000000.pt"))
+
+
+def test_crash_in_a_save_leaves_no_checkpoint(run_dir, monkeypatch):
+    loop = make_loop(lr_anneal_steps=0)
+    loop.save()
+    loop.step = 1
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        loop.save()
+    assert checkpoint.find_newest_model(str(run_dir)) == str(run_dir / "model000000.pt")
+
+
+def test_ema_file_is_found_beside_the_model(tmp_path):
+    (tmp_path / "ema_0.999_000012.pt").touch()
+    model = str(tmp_path / "model000012.pt")
+    assert find_ema_checkpoint(model, 12, 0.999) == str(tmp_path / "ema_0.999_000012.pt")
+    assert find_ema_checkpoint(model, 12, "0.99") is None
+    assert find_ema_checkpoint("", 12, "0.99") is None
+
+
+# -- options --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("lr", 0.0),
+        ("lr", -1e-3),
+        ("batch_size", 0),
+        ("microbatch", 0),
+        ("microbatch", -2),
+        ("log_interval", 0),
+        ("save_interval", 0),
+        ("lr_anneal_steps", -1),
+        ("ema_rate", "1.0"),
+        ("ema_rate", "0.9,x"),
+        ("ema_rate", ""),
+        ("schedule_sampler", "unifrom"),
+    ],
+)
+def test_bad_options_are_named(flag, value):
+    with pytest.raises(UserError, match=f"--{flag} '?{value}"):
+        TrainOptions(**{flag: value})
+
+
+def test_ema_rate_may_be_a_number(run_dir):
+    assert make_loop(ema_rate=0.95).ema_rate == [0.95]
+
+
+def test_flags_of_a_run_are_json(tmp_path):
+    checkpoint.save_config(str(tmp_path), {"lr": 1e-4, "image_size": (8, 16)})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1e-4, "image_size": [8, 16]}
+    assert checkpoint.load_config(str(tmp_path))["lr"] == 1e-4
+    assert np.prod(checkpoint.load_config(str(tmp_path))["image_size"]) == 128
+    assert make_diffusion().num_timesteps == STEPS
