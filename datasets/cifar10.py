@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from _common import UserError, run, write_images
+from _common import run, write_images
 from PIL import Image
 from tqdm import tqdm
+
+from improved_diffusion.errors import UserError
 
 URL = "https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz"
 MD5 = "c58f30108f718f92721af3b95e74349a"

@@ -11,8 +11,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from _common import UserError, missing_extra, run, write_images
+from _common import missing_extra, run, write_images
 from PIL import Image
+
+from improved_diffusion.errors import UserError
 
 MAX_LEVEL = 16  # the pictures have the grey levels 0..16
 

@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from _common import UserError, run, write_images
+from _common import run, write_images
 from PIL import Image
+
+from improved_diffusion.errors import UserError
 
 SIZE = 64
 NUM_CLASSES = 1000

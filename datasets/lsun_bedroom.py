@@ -13,8 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from _common import UserError, missing_extra, run, write_images
+from _common import missing_extra, run, write_images
 from PIL import Image, UnidentifiedImageError
+
+from improved_diffusion.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
