@@ -33,6 +33,8 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
                 f"cannot read timestep respacing '{section_counts}'; write '250', '10,15,20' or "
                 "'ddim50'"
             ) from None
+    if not any(section_counts):
+        raise UserError(f"timestep respacing {section_counts} keeps no timestep; ask for 1 or more")
     short, longer = divmod(num_timesteps, len(section_counts))
     start, kept = 0, []
     for i, count in enumerate(section_counts):
@@ -50,8 +52,6 @@ def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> 
             kept.append(start + round(offset))
             offset += stride
         start += size
-    if not kept:
-        raise UserError(f"timestep respacing {section_counts} keeps no timestep; ask for 1 or more")
     return set(kept)
 
 

@@ -22,7 +22,9 @@ from .image_datasets import PIL_MODES
 from .rng import derive_seed, sample_generators
 
 GRID_SAMPLES = 100  # at most, in grid.png
-GRID_CELL = 32  # pixels: smaller images are enlarged by a whole factor
+GRID_CELL = 48  # pixels: smaller images are enlarged by a whole factor
+GRID_GAP = 2  # pixels between images
+GRID_GREY = 96  # level of the gap
 
 
 @dataclass(frozen=True)
@@ -207,22 +209,27 @@ def write_samples(
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
-    """Images side by side, row by row.
+    """Images side by side, row by row, with a gap round each.
 
     :param images: uint8 [N, H, W, C]; the first 100 are shown.
     :param columns: images in a row; 0 for a square.
-    :return: uint8 [rows H', columns W', C], H' >= 32 a multiple of H.
+    :return: uint8 [rows (H' + 2) + 2, columns (W' + 2) + 2, C]; the larger of H' and W' is at
+        least 48, by a whole factor.
     """
     shown = images[:GRID_SAMPLES]
-    columns = min(columns or math.ceil(math.sqrt(len(shown))), len(shown))
-    rows = math.ceil(len(shown) / columns)
-    _, height, width, channels = shown.shape
-    cells = np.zeros((rows * columns, height, width, channels), dtype=np.uint8)
-    cells[: len(shown)] = shown
-    cells = cells.reshape(rows, columns, height, width, channels).swapaxes(1, 2)
-    factor = max(1, math.ceil(GRID_CELL / max(height, width)))
-    picture = cells.reshape(rows * height, columns * width, channels)
-    return picture.repeat(factor, axis=0).repeat(factor, axis=1)
+    factor = max(1, math.ceil(GRID_CELL / max(shown.shape[1:3])))
+    shown = shown.repeat(factor, axis=1).repeat(factor, axis=2)
+    count, height, width, channels = shown.shape
+    columns = min(columns or math.ceil(math.sqrt(count)), count)
+    rows = math.ceil(count / columns)
+    down, across = height + GRID_GAP, width + GRID_GAP
+    picture = np.full(
+        (rows * down + GRID_GAP, columns * across + GRID_GAP, channels), GRID_GREY, dtype=np.uint8
+    )
+    for i, image in enumerate(shown):
+        top, left = i // columns * down + GRID_GAP, i % columns * across + GRID_GAP
+        picture[top : top + height, left : left + width] = image
+    return picture
 
 
 def _png(pixels: np.ndarray) -> bytes:

@@ -23,6 +23,7 @@ from improved_diffusion.losses import approx_standard_normal_cdf
 
 MU, S = 0.2, 0.3
 STEPS = 40
+COUNT = 30_000  # values where moments are measured; few enough that torch stays on one thread
 
 
 class GaussianData:
@@ -167,17 +168,17 @@ def test_many_ddpm_samples_have_the_datas_moments():
     """The same by drawing, from the global generator: the draws are normal and independent."""
     diffusion = make_diffusion(STEPS, var="LEARNED")
     data = GaussianData(diffusion)
-    x = torch.randn(1, 1, 100_000)
+    x = torch.randn(1, 1, COUNT)
     sample = diffusion.p_sample_loop(
         data.model, x.shape, noise=data.m[-1] + math.sqrt(data.v[-1]) * x, device="cpu",
         clip_denoised=False,
     )  # fmt: skip
     mean, variance = marginals(data)[-1]
-    assert sample.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / 1e5))
-    assert sample.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / 1e5))
+    assert sample.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(variance / COUNT))
+    assert sample.var().item() == pytest.approx(variance, rel=5 * math.sqrt(2 / COUNT))
     normal = (sample - mean) / math.sqrt(variance)
-    assert normal.pow(3).mean().abs() < 5 * math.sqrt(15 / 1e5)
-    assert normal.pow(4).mean().item() == pytest.approx(3, abs=5 * math.sqrt(96 / 1e5))
+    assert normal.pow(3).mean().abs() < 5 * math.sqrt(15 / COUNT)
+    assert normal.pow(4).mean().item() == pytest.approx(3, abs=5 * math.sqrt(96 / COUNT))
 
 
 # -- DDIM ------------------------------------------------------------------------------------------
@@ -346,7 +347,7 @@ def test_terms_of_the_bound_average_to_their_expectation_over_the_data(var):
     the true reverse step is v_q + c^2 Var(x_0 | x_t)."""
     diffusion = make_diffusion(STEPS, var=var)
     data = GaussianData(diffusion)
-    x_start = MU + S * torch.randn(1, 1, 60_000)
+    x_start = MU + S * torch.randn(1, 1, COUNT)
     out = diffusion.calc_bpd_loop(data.model, x_start, clip_denoised=False)
     v_q = (data.beta * (1 - data.alpha_bar_prev) / (1 - data.alpha_bar))[1:]
     v_p = model_variance(data, var)[1:]
@@ -361,14 +362,15 @@ def test_terms_of_the_bound_average_to_their_expectation_over_the_data(var):
 def test_bound_of_the_true_reverse_process_is_the_datas_entropy(steps, respacing):
     """The bound is tight, so bits/dim is the Gaussian's entropy at the resolution of 8 bits,
     however few the steps; only the first one must be wide against a bin."""
+    s = 0.2  # narrow enough to stay off the outermost bins
     diffusion = make_diffusion(steps, schedule="cosine", respacing=respacing, var="LEARNED")
-    data = GaussianData(diffusion)
-    x_start = MU + S * torch.randn(4, 1, 20_000)
-    x_start = MU + S * (x_start - x_start.mean()) / x_start.std()
+    data = GaussianData(diffusion, s=s)
+    z = torch.randn(3, 1, COUNT // 3)
+    x_start = MU + s * (z - z.mean()) / z.std()
     out = diffusion.calc_bpd_loop(data.model, x_start, clip_denoised=False)
-    entropy = 0.5 * math.log2(2 * math.pi * math.e * S**2)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * s**2)
     bits = entropy + math.log2(255 / 2)  # bins are 2 / 255 wide
-    assert out["total_bpd"].mean().item() == pytest.approx(bits, abs=0.02)
+    assert out["total_bpd"].mean().item() == pytest.approx(bits, abs=0.05)
 
 
 @pytest.mark.parametrize("steps", [30, 100, 1000])

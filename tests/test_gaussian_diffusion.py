@@ -663,6 +663,24 @@ def test_copy_of_a_process_computes_the_same(x_t, t):
     assert all(torch.equal(out[key], again[key]) for key in out)
 
 
+def test_device_copies_are_kept_for_each_type():
+    table = make_diffusion().betas
+    for dtype in (torch.float32, torch.float64, torch.float32):
+        copy_of_table = tables.device_table(table, torch.device("cpu"), dtype)
+        assert torch.equal(copy_of_table, torch.tensor(table, dtype=dtype))
+        assert copy_of_table.dtype == dtype
+        assert tables.device_table(table, torch.device("cpu"), dtype) is copy_of_table
+
+
+def test_device_copy_made_in_inference_mode_takes_part_in_gradients_later():
+    table = make_diffusion().betas
+    with torch.inference_mode():
+        tables.device_table(table, torch.device("cpu"), torch.float32)
+    weight = torch.ones(STEPS, requires_grad=True)
+    (tables.device_table(table, torch.device("cpu"), torch.float32) * weight).sum().backward()
+    torch.testing.assert_close(weight.grad, torch.tensor(table, dtype=torch.float32))
+
+
 @pytest.mark.parametrize("respacing", ["", "10"])
 def test_sampling_in_inference_mode_first_does_not_break_training(respacing, x_start):
     diffusion = make_diffusion(respacing=respacing, loss="RESCALED_MSE")

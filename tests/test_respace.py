@@ -136,6 +136,7 @@ def test_ddim1_keeps_the_only_step_of_a_process_of_one():
         ("10,60", ["60", "50"]),
         ([5, 51], ["51", "50"]),
         ("-3", ["-3"]),
+        ("10,-3", ["-3"]),
         ("0", ["0"]),
         ("ten", ["ten"]),
         ("10;20", ["10;20"]),
@@ -218,7 +219,7 @@ def test_wrapped_model_maps_a_plain_list_and_passes_keywords_on():
     torch.testing.assert_close(out, model(x, torch.tensor([500.0, 75.0]), y=y))
 
 
-def test_wrapped_model_follows_a_list_map_that_its_user_changes():
+def test_wrapped_model_follows_a_map_that_its_user_changes():
     steps = np.array([3, 8, 20])
     model = FormulaModel()
     wrapped = _WrappedModel(model, steps, rescale_timesteps=False, original_num_steps=40)

@@ -47,7 +47,7 @@ def test_a_negative_seed_is_an_error():
 
 
 def test_generators_of_consecutive_samples_are_all_different():
-    indices = [*range(20_000), *range(2**32 - 100, 2**32)]
+    indices = [*range(20_000), *range(2**31, 2**31 + 100), *range(2**32 - 100, 2**32)]
     seeds = [generator.initial_seed() for generator in sample_generators(3, indices)]
     assert len(set(seeds)) == len(indices)
     assert max(seeds) < 2**32  # torch's CPU generator keeps no more
