@@ -20,6 +20,7 @@ from . import dist_util
 from .errors import UserError
 
 CONFIG = "config.json"
+YOUNG_EMA = 0.05  # share of the initial weights in an average from which on to warn
 
 
 # -- names ------------------------------------------------------------------------------------
@@ -44,6 +45,21 @@ def parse_resume_step_from_filename(filename: str) -> int:
     """The step in a name like ``path/to/modelNNNNNN.pt``; 0 for other names."""
     match = re.search(r"model(\d+)(?:\.[^/]*)?$", filename)
     return int(match.group(1)) if match else 0
+
+
+def describe_weights(path: str) -> str:
+    """Which weights a file holds, by its name; warns of an average that is still young."""
+    name = path.rsplit("/", 1)[-1]
+    average = re.fullmatch(r"ema_([\d.]+)_(\d+)\.pt", name)
+    if not average:
+        raw = name.startswith("model")
+        return "weights as trained; ema_*.pt files usually sample better" if raw else "weights"
+    rate, step = float(average.group(1)), int(average.group(2))
+    left = rate**step
+    text = f"weights averaged at rate {rate:g}"
+    if left > YOUNG_EMA:
+        text += f"; WARNING: {left:.0%} of them is still the initial noise: try a lower EMA rate"
+    return text
 
 
 def find_beside(main_checkpoint: str, name: str) -> str | None:

@@ -294,28 +294,33 @@ def _own_address() -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and end the process, on all ranks when one of them fails.
 
-    A user's mistake, and a file that cannot be opened or written, print one line on stderr and
-    exit with 2; anything else that goes wrong prints its traceback and exits with 1.
+    A user's mistake, a file that cannot be opened and too little GPU memory print one line on
+    stderr and exit with 2; anything else that goes wrong prints its traceback and exits with 1.
     """
-    code = 0
     try:
         main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        code = 2
     except KeyboardInterrupt:
-        code = 130
+        _take_down(130)
     except Exception as error:
-        if isinstance(error, OSError) and error.filename is not None:  # such as no permission
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            code = 2
-        else:
-            traceback.print_exc()
-            code = 1
-    if code:
-        _take_down(code)
+        _take_down(_report(error))
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _report(error: Exception) -> int:
+    """Print what went wrong; the exit code."""
+    if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
+        line = str(error)
+    elif isinstance(error, torch.OutOfMemoryError):
+        line = (
+            "out of GPU memory: lower --batch_size; in training, --microbatch N or "
+            "--use_checkpoint True need less without changing the result"
+        )
+    else:
+        traceback.print_exception(error)
+        return 1
+    print(f"error: {line}", file=sys.stderr, flush=True)
+    return 2
 
 
 def _take_down(code: int) -> None:

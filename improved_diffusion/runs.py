@@ -26,6 +26,8 @@ from .train_util import Batch, Cond, TrainLoop, TrainOptions, get_blob_logdir
 
 Flags = dict[str, Any]
 
+MANY_DIFFUSION_STEPS = 4000  # the most that IDDPM uses
+
 
 @dataclass(frozen=True)
 class RunOptions:
@@ -74,9 +76,13 @@ def open_folder(folder: str, flags: Flags, config: str = "") -> None:
     if dist_util.get_rank() == 0:
         script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
         checkpoint.save_config(get_blob_logdir(), flags, config or f"{script}.json")
-    names = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    world = dist_util.get_world_size()
-    logger.log(f"{world} process{'es' if world > 1 else ''} on {names}, seed {flags['seed']}")
+    world, gpus = dist_util.get_world_size(), torch.cuda.device_count()
+    device = torch.cuda.get_device_name() if gpus else "CPU"
+    logger.log(f"{world} process{'es' if world > 1 else ''} on {device}, seed {flags['seed']}")
+    if world == 1 and gpus > 1:
+        logger.warn(
+            f"{gpus} GPUs are visible but one is used: start with torchrun --nproc_per_node {gpus}"
+        )
 
 
 def seed_everything(seed: int, *purpose: str | int) -> None:
@@ -188,6 +194,11 @@ def train(
     )
     batch = world * options.batch_size
     logger.log(f"{world} x {options.batch_size} = global batch of {batch}; {bound}")
+    if flags["diffusion_steps"] > MANY_DIFFUSION_STEPS:
+        logger.warn(
+            f"--diffusion_steps {flags['diffusion_steps']} is the number of noising steps; the "
+            "length of training is --lr_anneal_steps"
+        )
     arguments = dataclasses.asdict(options)
     arguments["schedule_sampler"] = create_named_schedule_sampler(
         options.schedule_sampler, diffusion

@@ -3,6 +3,7 @@
 import torch
 
 from improved_diffusion import dist_util, logger, runs
+from improved_diffusion.checkpoint import describe_weights
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, pick
 from improved_diffusion.sample_util import (
@@ -32,7 +33,7 @@ def main() -> None:
     classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
     runs.load_for_evaluation(model, options.model_path)
     runs.open_folder(flags["log_dir"], flags)
-    logger.log(f"sampling {options.num_samples} images from {options.model_path}")
+    logger.log(f"{options.model_path}: {describe_weights(options.model_path)}")
 
     def make(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (flags["channels"], *height_width(flags["image_size"]))

@@ -6,6 +6,7 @@ import torch
 
 from improved_diffusion import dist_util, logger, runs
 from improved_diffusion.base_samples import load_base_samples
+from improved_diffusion.checkpoint import describe_weights
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, option, pick
@@ -62,6 +63,7 @@ def main() -> None:
         num_samples = len(base.images)
     runs.load_for_evaluation(model, options.model_path)
     runs.open_folder(flags["log_dir"], flags)
+    logger.log(f"{options.model_path}: {describe_weights(options.model_path)}")
     logger.log(f"upsampling {len(base.images)} images to {num_samples} samples")
 
     def make(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -1,0 +1,77 @@
+"""The README's commands, in order, as a newcomer would type them."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from launchers import environment
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def marked_blocks():
+    """(language, code) of each block that follows a line <!-- run -->."""
+    return re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_commands_run(tmp_path):
+    for folder in ("scripts", "datasets"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    env = environment()
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    blocks = marked_blocks()
+    assert [language for language, _ in blocks] == ["sh", "sh", "sh", "sh", "python"]
+    for language, code in blocks:
+        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    runs = tmp_path / "runs"
+    for promised in (
+        "digits/config.json",
+        "digits/log.txt",
+        "digits/progress.csv",
+        "digits/progress.json",
+        "digits/model000020.pt",
+        "digits/opt000020.pt",
+        "samples/samples_20x8x8x1.npz",
+        "samples/grid.png",
+        "samples/png/000007_7.png",
+        "nll/vb_terms.npz",
+        "sr_samples/samples_4x16x16x1.npz",
+    ):
+        assert (runs / promised).is_file(), promised
+
+
+def test_links_and_modules_exist():
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert "://" in target or (ROOT / target).exists(), target
+    listed = set(re.findall(r"`(\w+)`", README.split("## Map")[1].split("## Published")[0]))
+    modules = {
+        path.stem
+        for path in (ROOT / "improved_diffusion").glob("*.py")
+        if not path.stem.startswith("_")
+    }
+    assert modules - listed == set()
+
+
+def test_published_flags_build_the_published_networks():
+    from golden_data import load_json
+
+    from improved_diffusion.flags import make_parser
+    from improved_diffusion.script_util import ModelAndDiffusionOptions, SuperResOptions
+
+    rows = re.findall(r"^\| ([^|]+) \| `(--[^`]+)` \|$", README, flags=re.MULTILINE)
+    manifests = load_json("state_dicts.json")
+    assert len(rows) == len(manifests)
+    for (name, flags), manifest in zip(rows, manifests.values(), strict=True):
+        options = SuperResOptions if "--large_size" in flags else ModelAndDiffusionOptions
+        args = vars(make_parser("", options).parse_args(flags.split()))
+        for key, value in manifest["arguments"].items():
+            assert args[key] == value, f"{name}: {key}"
