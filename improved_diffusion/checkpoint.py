@@ -6,6 +6,7 @@ A run folder holds ``config.json`` (the flags), and for each saved step N ``mode
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from . import dist_util
 from .errors import UserError
+from .flags import size_text
 
 CONFIG = "config.json"
 YOUNG_EMA = 0.05  # share of the initial weights in an average from which on to warn
@@ -100,11 +102,15 @@ def write_file(path: str, data: bytes) -> None:
             file.write(data)
         return
     beside = f"{path}.tmp"
-    with open(beside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
+    try:
+        with open(beside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(beside, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):  # it is gone if all went well
+            os.unlink(beside)
 
 
 def write_tensors(path: str, value: Any) -> None:
@@ -174,10 +180,14 @@ def merge_flags(
             merged[name] = theirs
         elif name in fixed and merged[name] != theirs:
             raise UserError(
-                f"--{name} {merged[name]} contradicts the checkpoint, which was trained with "
-                f"--{name} {theirs} ({where}/{CONFIG}): leave the flag out"
+                f"--{name} {_flag_text(merged[name])} contradicts the checkpoint, which was "
+                f"trained with --{name} {_flag_text(theirs)} ({where}/{CONFIG}): leave the flag out"
             )
     return merged
+
+
+def _flag_text(value: Any) -> str:
+    return size_text(value) if isinstance(value, tuple) else str(value)
 
 
 # -- loading a model --------------------------------------------------------------------------
@@ -230,9 +240,9 @@ def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         outputs = shapes["out.2.bias"][0]
         embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
         first_width = shapes["input_blocks.1.0.in_layers.2.bias"][0]
+        blocks = _input_blocks(shapes)
     except (KeyError, IndexError):
         return {}
-    blocks = _input_blocks(shapes)
     levels = 1 + max(block.level for block in blocks)
     widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
     about = {

@@ -15,6 +15,7 @@ import socket
 import sys
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,16 +137,22 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
         raise UserError(problem)
     if get_world_size() > 1:
         data = _broadcast_bytes(data, size)
+    return _load_tensors(data, path, kwargs)
+
+
+def _load_tensors(data: bytes, path: str, kwargs: dict[str, Any]) -> Any:
     try:
-        return torch.load(io.BytesIO(data), **{**kwargs, "weights_only": True})
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
+            return torch.load(io.BytesIO(data), **{**kwargs, "weights_only": True})
     except pickle.UnpicklingError as error:
-        if "Unsupported global" in str(error) or "Unsupported class" in str(error):
+        if re.search("unsupported (global|class)", str(error), flags=re.IGNORECASE):
             raise UserError(
                 f"checkpoint '{path}' holds something other than tensors, which could run code; "
                 "only tensors are loaded: save a plain state dict"
             ) from None
         raise UserError(f"checkpoint '{path}' is damaged or no checkpoint at all") from None
-    except (RuntimeError, EOFError, ValueError, KeyError, AttributeError):
+    except Exception:  # whatever foreign or cut-off bytes make the unpickler raise
         raise UserError(f"checkpoint '{path}' is damaged or no checkpoint at all") from None
 
 

@@ -19,6 +19,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TextIO
 
+from .errors import UserError
+
 DEBUG = logging.DEBUG
 INFO = logging.INFO
 WARN = logging.WARNING
@@ -96,6 +98,7 @@ class JSONOutputFormat(KVWriter):
 
     def __init__(self, filename: str) -> None:
         self.filename = filename
+        _end_last_line(filename)
 
     def writekvs(self, kvs: dict[str, Any]) -> None:
         """Append one line."""
@@ -112,6 +115,7 @@ class CSVOutputFormat(KVWriter):
     def __init__(self, filename: str) -> None:
         self.filename = filename
         self.keys: list[str] = []
+        _end_last_line(filename)
         if os.path.exists(filename):
             with open(filename, newline="") as file:
                 self.keys = next(csv.reader(file), [])
@@ -138,6 +142,15 @@ class CSVOutputFormat(KVWriter):
         os.replace(beside, self.filename)  # a crash leaves the old file or the new one
 
 
+def _end_last_line(filename: str) -> None:
+    """End a line that a crash cut off, so that the next one starts afresh."""
+    if os.path.exists(filename) and os.path.getsize(filename):
+        with open(filename, "rb+") as file:
+            file.seek(-1, os.SEEK_END)
+            if file.read() != b"\n":
+                file.write(b"\n")
+
+
 class TensorBoardOutputFormat(KVWriter):
     """Event files for TensorBoard; needs the extra ``tensorboard``.
 
@@ -149,8 +162,6 @@ class TensorBoardOutputFormat(KVWriter):
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
-            from .errors import UserError
-
             raise UserError(
                 "log format 'tensorboard' needs a package: pip install "
                 "'improved-diffusion[tensorboard]'"
@@ -186,7 +197,7 @@ def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWrit
         "tensorboard": lambda: TensorBoardOutputFormat(os.path.join(ev_dir, f"tb{log_suffix}")),
     }
     if format not in makers:
-        raise ValueError(f"unknown log format '{format}'; choose among {', '.join(makers)}")
+        raise UserError(f"unknown log format '{format}'; choose among {', '.join(makers)}")
     os.makedirs(ev_dir, exist_ok=True)
     return makers[format]()
 
@@ -230,7 +241,7 @@ class Logger:
                 self.comm,
                 {key: (value, self.name2cnt.get(key, 1)) for key, value in values.items()},
             )
-        if self.level < DISABLED:
+        if self.level < DISABLED and values:
             for output in self.output_formats:
                 if isinstance(output, KVWriter):
                     output.writekvs(values)
@@ -284,6 +295,7 @@ def _make_current(logger: Logger | None) -> None:
     _package_log.removeHandler(_handler)
     if logger is not None:
         _package_log.addHandler(_handler)
+        _package_log.setLevel(DEBUG)  # the current logger's own level decides
 
 
 # -- the current logger -----------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -318,26 +319,41 @@ def _channel_mult(flag: str, size: ImageSize, text: str) -> tuple[float, ...]:
     :raises ValueError: if the image cannot be halved that often, with the nearest sizes that can.
     """
     sides = height_width(size)
-    mult: Sequence[float]
-    if text:
-        mult = numbers("channel_mult", text, float)
-        require(bool(mult) and min(mult) > 0, "channel_mult", text, "numbers above 0")
-    else:
-        fitting = [key for key in CHANNEL_MULTS if key <= max(sides)]
-        mult = CHANNEL_MULTS[max(fitting, default=min(CHANNEL_MULTS))]
-        while len(mult) > 1 and min(sides) < SMALLEST_LEVEL * 2 ** (len(mult) - 1):
-            mult = mult[:-1]
-    factor = 2 ** (len(mult) - 1)
-    if any(side % factor for side in sides):
-        lower = tuple(side // factor * factor for side in sides)
-        upper = tuple(-(-side // factor) * factor for side in sides)
-        nearest = [size_text(near) for near in (lower, upper) if min(near) > 0]
+    mult = _mult_for(sides, text)
+    if _to_halvable(sides, text, up=True) != sides:
+        near = [_to_halvable(sides, text, up) for up in (False, True)]
         raise UserError(
             f"--{flag} {size_text(size)} cannot be halved {len(mult) - 1} times, as the "
             f"{len(mult)} levels of --channel_mult {','.join(f'{m:g}' for m in mult)} need: the "
-            f"nearest sizes are {' and '.join(nearest)}; or give a shorter --channel_mult"
+            f"nearest sizes are {' and '.join(size_text(s) for s in near if min(s) > 0)}; or give "
+            "a shorter --channel_mult"
         )
     return tuple(int(m) if float(m).is_integer() else m for m in mult)
+
+
+def _mult_for(sides: tuple[int, int], text: str) -> Sequence[float]:
+    """``--channel_mult``, or the table's for images of that height and width."""
+    if text:
+        mult = numbers("channel_mult", text, float)
+        positive = bool(mult) and all(0 < m < math.inf for m in mult)
+        require(positive, "channel_mult", text, "numbers above 0")
+        return mult
+    fitting = [key for key in CHANNEL_MULTS if key <= max(sides)]
+    table = CHANNEL_MULTS[max(fitting, default=min(CHANNEL_MULTS))]
+    levels = len(table)
+    while levels > 1 and min(sides) < SMALLEST_LEVEL * 2 ** (levels - 1):
+        levels -= 1
+    return table[:levels]
+
+
+def _to_halvable(sides: tuple[int, int], text: str, up: bool) -> tuple[int, int]:
+    """Round height and width to what the levels can halve; a larger image may have more levels."""
+    while True:
+        factor = 2 ** (len(_mult_for(sides, text)) - 1)
+        height, width = (-(-s // factor) * factor if up else s // factor * factor for s in sides)
+        if (height, width) == sides or min(height, width) == 0:
+            return height, width
+        sides = height, width
 
 
 def _attention_factors(resolutions: str, size: ImageSize, num_levels: int) -> tuple[int, ...]:

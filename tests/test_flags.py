@@ -129,6 +129,12 @@ def test_nearest_flag_is_found_among_all(capsys, misspelt, nearest):
     assert f"did you mean {nearest}?" in line
 
 
+def test_nearest_flag_does_not_depend_on_the_value(capsys):
+    argv = ["--modelpath=runs/a/long/way/down/from/here/ema_0.9999_010000.pt"]
+    line = error_line(capsys, parser_of("image_sample.py"), *argv)
+    assert "did you mean --model_path?" in line
+
+
 def test_flag_far_from_any_other_points_to_the_help(capsys):
     line = error_line(capsys, parser_of("image_train.py"), "--zzzqqq", "1")
     assert "--zzzqqq" in line
