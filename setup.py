@@ -22,7 +22,7 @@ setup(
     packages=find_packages(include=["improved_diffusion", "improved_diffusion.*"]),
     package_data={"improved_diffusion": ["py.typed"]},
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",
         "numpy>=1.24",
         "blobfile>=1.0.5",
         "mpi4py>=3.1",

@@ -321,7 +321,14 @@ class GaussianDiffusion:
         :param generator: a torch.Generator, or one per sample; None for torch's global one.
         :return: "sample" and "pred_xstart", each [N, C, ...].
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model,
+            x,
+            t,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+        )
         noise = randn_like(x, generator)
         sigma = torch.exp(0.5 * out["log_variance"])
         sample = out["mean"] + _nonzero_mask(t, x) * sigma * noise
@@ -353,9 +360,16 @@ class GaussianDiffusion:
         :return: [N, C, ...] samples.
         """
         steps = self.p_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress,
+            model,
+            shape,
+            noise=noise,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+            device=device,
+            progress=progress,
             **_given(generator=generator),
-        )  # fmt: skip
+        )
         return _last(steps)["sample"]
 
     def p_sample_loop_progressive(
@@ -374,7 +388,13 @@ class GaussianDiffusion:
 
         def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
             return self.p_sample(
-                model, x, t, clip_denoised, denoised_fn, model_kwargs, **_given(generator=generator)
+                model,
+                x,
+                t,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                model_kwargs=model_kwargs,
+                **_given(generator=generator),
             )
 
         yield from self._sample_loop(step, model, shape, noise, device, progress, generator)
@@ -396,7 +416,14 @@ class GaussianDiffusion:
         :param generator: a torch.Generator, or one per sample; None for torch's global one.
         :return: "sample" and "pred_xstart", each [N, C, ...].
         """
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model,
+            x,
+            t,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+        )
         pred_xstart = out["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, pred_xstart)  # clamping changed x_0
         alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
@@ -432,7 +459,14 @@ class GaussianDiffusion:
         """
         if eta != 0.0:
             raise ValueError(f"ddim_reverse_sample follows the path of eta = 0, not {eta}")
-        out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        out = self.p_mean_variance(
+            model,
+            x,
+            t,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+        )
         pred_xstart = out["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, pred_xstart)
         alpha_bar_next = _extract_into_tensor(self.alphas_cumprod_next, t, x.shape)
@@ -457,9 +491,17 @@ class GaussianDiffusion:
         :return: [N, C, ...] samples.
         """
         steps = self.ddim_sample_loop_progressive(
-            model, shape, noise, clip_denoised, denoised_fn, model_kwargs, device, progress, eta,
+            model,
+            shape,
+            noise=noise,
+            clip_denoised=clip_denoised,
+            denoised_fn=denoised_fn,
+            model_kwargs=model_kwargs,
+            device=device,
+            progress=progress,
+            eta=eta,
             **_given(generator=generator),
-        )  # fmt: skip
+        )
         return _last(steps)["sample"]
 
     def ddim_sample_loop_progressive(
@@ -479,9 +521,15 @@ class GaussianDiffusion:
 
         def step(x: Tensor, t: Tensor) -> dict[str, Tensor]:
             return self.ddim_sample(
-                model, x, t, clip_denoised, denoised_fn, model_kwargs, eta,
+                model,
+                x,
+                t,
+                clip_denoised=clip_denoised,
+                denoised_fn=denoised_fn,
+                model_kwargs=model_kwargs,
+                eta=eta,
                 **_given(generator=generator),
-            )  # fmt: skip
+            )
 
         yield from self._sample_loop(step, model, shape, noise, device, progress, generator)
 
@@ -536,7 +584,7 @@ class GaussianDiffusion:
         x_t = self.q_sample(x_start, t, noise=noise)
         if self.loss_type.is_vb():
             bound = self._vb_terms_bpd(
-                model, x_start, x_t, t, clip_denoised=False, model_kwargs=model_kwargs
+                model, x_start=x_start, x_t=x_t, t=t, clip_denoised=False, model_kwargs=model_kwargs
             )["output"]
             scale = self.num_timesteps if self.loss_type == LossType.RESCALED_KL else 1
             return {"loss": scale * bound}
@@ -547,7 +595,9 @@ class GaussianDiffusion:
             terms["vb"] = self._variance_loss(output, x_start, x_t, t)
             output, _ = output.chunk(2, dim=1)
         target = {
-            ModelMeanType.PREVIOUS_X: lambda: self.q_posterior_mean_variance(x_start, x_t, t)[0],
+            ModelMeanType.PREVIOUS_X: lambda: self.q_posterior_mean_variance(
+                x_start=x_start, x_t=x_t, t=t
+            )[0],
             ModelMeanType.START_X: lambda: x_start,
             ModelMeanType.EPSILON: lambda: noise,
         }[self.model_mean_type]()
@@ -561,8 +611,8 @@ class GaussianDiffusion:
     ) -> Tensor:
         """The bound's term as it trains the variance alone: IDDPM section 3.1, eq. 16.
 
-        :return: [N] bits/dim; times T / 1000 for RESCALED_MSE, so that the sum over the timesteps
-            weighs the same against the mean squared error whatever T.
+        :return: [N] bits/dim; times T / 1000 for RESCALED_MSE: T times one term estimates the
+            whole bound, which eq. 16 weighs by lambda = 0.001.
         """
         mean, values = model_output.chunk(2, dim=1)
         frozen = torch.cat([mean.detach(), values], dim=1)
@@ -586,7 +636,9 @@ class GaussianDiffusion:
 
         :return: "output" [N] in bits/dim; "pred_xstart" [N, C, ...].
         """
-        true_mean, _, true_log_variance = self.q_posterior_mean_variance(x_start, x_t, t)
+        true_mean, _, true_log_variance = self.q_posterior_mean_variance(
+            x_start=x_start, x_t=x_t, t=t
+        )
         out = self.p_mean_variance(
             model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
         )
@@ -627,7 +679,14 @@ class GaussianDiffusion:
             noise = randn_like(x_start, generator)
             x_t = self.q_sample(x_start, t, noise=noise)
             with torch.no_grad():
-                out = self._vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
+                out = self._vb_terms_bpd(
+                    model,
+                    x_start=x_start,
+                    x_t=x_t,
+                    t=t,
+                    clip_denoised=clip_denoised,
+                    model_kwargs=model_kwargs,
+                )
             eps = self._predict_eps_from_xstart(x_t, t, out["pred_xstart"])
             columns["vb"].append(out["output"])
             columns["xstart_mse"].append(mean_flat((out["pred_xstart"] - x_start) ** 2))

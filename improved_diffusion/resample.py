@@ -35,9 +35,16 @@ class ScheduleSampler(ABC):
         indices = np.random.choice(len(p), size=(batch_size,), p=p)
         weights = 1 / (len(p) * p[indices])
         return (
-            torch.from_numpy(indices).long().to(device),
-            torch.from_numpy(weights).float().to(device),
+            _upload(torch.from_numpy(indices).long(), device),
+            _upload(torch.from_numpy(weights).float(), device),
         )
+
+
+def _upload(values: Tensor, device: torch.device | str) -> Tensor:
+    """Copy to a device; the host does not wait for a GPU."""
+    if torch.device(device).type == "cuda":
+        return values.pin_memory().to(device, non_blocking=True)
+    return values.to(device)
 
 
 class UniformSampler(ScheduleSampler):
@@ -58,7 +65,7 @@ class LossAwareSampler(ScheduleSampler):
     def update_with_local_losses(self, local_ts: Tensor, local_losses: Tensor) -> None:
         """Gather the losses of all processes, then call :meth:`update_with_all_losses`.
 
-        Every process of the group must call it; the batches may differ in size.
+        Every process of the group must call it equally often; the batches may differ in size.
 
         :param local_ts: int64 [N] timesteps of this process.
         :param local_losses: [N] their losses.

@@ -105,7 +105,7 @@ class ResBlock(TimestepBlock):
     :param out_channels: D of the output; C if None.
     :param use_conv: where D differs from C, a 3-wide convolution on the skip path, not 1-wide.
     :param use_scale_shift_norm: the embedding scales and shifts the normalised features (IDDPM
-        section 3, "adaptive group norm") rather than being added.
+        appendix A) rather than being added.
     :param dims: 1, 2 or 3 spatial dimensions.
     :param use_checkpoint: recompute activations in the backward pass.
     """
@@ -229,7 +229,9 @@ class QKVAttention(nn.Module):
         :return: [B, D, L].
         """
         q, k, v = qkv.transpose(1, 2).chunk(3, dim=2)  # [B, L, D] each
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+        # as [B, 1, L, D]: the fused kernels want a dimension of heads
+        h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
+        return h.squeeze(1).transpose(1, 2)
 
     @staticmethod
     def count_flops(model: Any, _x: Any, y: Tensor | Sequence[Tensor]) -> None:
@@ -387,7 +389,10 @@ class UNetModel(nn.Module):
         :raises ValueError: if labels are missing or given in vain, or if a side of ``x`` cannot be
             halved as often as the model has levels.
         """
-        h = self._features(x, timesteps, y)["up"][-1]
+        emb, skips = self._encode(x, timesteps, y)
+        h = self.middle_block(skips[-1], emb)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb)  # popped: frees memory
         return self.out(h.type(self._outer_dtype)).type(x.dtype)
 
     def get_feature_vectors(
@@ -398,29 +403,33 @@ class UNetModel(nn.Module):
         :return: "down": a list of [N, width, ...], one for each input block; "middle": one tensor;
             "up": a list, one for each output block; in the type of ``x``.
         """
-        features = self._features(x, timesteps, y)
+        emb, down = self._encode(x, timesteps, y)
+        middle = h = self.middle_block(down[-1], emb)
+        up = []
+        for block, skip in zip(self.output_blocks, reversed(down), strict=True):
+            h = block(torch.cat([h, skip], dim=1), emb)
+            up.append(h)
         return {
-            "down": [h.type(x.dtype) for h in features["down"]],
-            "middle": features["middle"].type(x.dtype),
-            "up": [h.type(x.dtype) for h in features["up"]],
+            "down": [h.type(x.dtype) for h in down],
+            "middle": middle.type(x.dtype),
+            "up": [h.type(x.dtype) for h in up],
         }
 
-    def _features(self, x: Tensor, timesteps: Tensor, y: Tensor | None) -> dict[str, Any]:
+    def _encode(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embedding [N, E], and the output of each input block."""
         self._check_input(x, y)
         embedding = timestep_embedding(timesteps, self.model_channels)
         emb = self.time_embed(embedding.type(self._outer_dtype))  # [N, E]
         if y is not None:
             emb = emb + self.label_emb(y)
-        down, up = [], []
+        outputs = []
         h = x.type(self.inner_dtype)
         for block in self.input_blocks:
             h = block(h, emb)  # [N, width, H / 2**level, W / 2**level]
-            down.append(h)
-        middle = h = self.middle_block(h, emb)
-        for block, skip in zip(self.output_blocks, reversed(down), strict=True):
-            h = block(torch.cat([h, skip], dim=1), emb)
-            up.append(h)
-        return {"down": down, "middle": middle, "up": up}
+            outputs.append(h)
+        return emb, outputs
 
     def _check_input(self, x: Tensor, y: Tensor | None) -> None:
         if (y is not None) != (self.num_classes is not None):
