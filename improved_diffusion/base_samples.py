@@ -44,7 +44,7 @@ def load_base_samples(
     if path.endswith(".npz"):
         return _from_npz(path, small_size, channels, want_labels)
     if bf.isdir(path):
-        found = list_images(path, class_cond=want_labels)
+        found = list_images(path, class_cond=want_labels, flag="base_samples")
         pixels = [read_image(name, small_size, channels) for name in found.paths]
         labels = _known_labels(path, found.classes, found.class_names, class_names)
         return BaseSamples(_as_images(np.stack(pixels)), labels)
@@ -67,7 +67,8 @@ def _from_npz(path: str, small_size: ImageSize, channels: int, want_labels: bool
     except Exception:  # whatever a damaged archive makes zipfile or NumPy raise
         raise UserError(f"--base_samples '{path}' is damaged, or holds no arr_0") from None
     expected = (*height_width(small_size), channels)
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != expected:
+    fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1:] == expected
+    if not fits or not len(pixels):
         raise UserError(
             f"--base_samples '{path}' holds {pixels.dtype} {list(pixels.shape)}, but the model "
             f"upsamples uint8 [N, {', '.join(map(str, expected))}] (--small_size "

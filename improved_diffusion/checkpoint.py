@@ -7,12 +7,11 @@ A run folder holds ``config.json`` (the flags), and for each saved step N ``mode
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import os
 import re
-from collections.abc import Collection, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Iterator, Mapping
+from typing import IO, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,7 +50,7 @@ def parse_resume_step_from_filename(filename: str) -> int:
 
 def describe_weights(path: str) -> str:
     """Which weights a file holds, by its name; warns of an average that is still young."""
-    name = path.rsplit("/", 1)[-1]
+    name = re.split(r"[/\\]", path)[-1]
     average = re.fullmatch(r"ema_([\d.]+)_(\d+)\.pt", name)
     if not average:
         raw = name.startswith("model")
@@ -65,59 +64,76 @@ def describe_weights(path: str) -> str:
 
 
 def find_beside(main_checkpoint: str, name: str) -> str | None:
-    """The path of a file in the folder of a checkpoint, or None if there is no such file."""
+    """The path of a file in the folder of a checkpoint, or None if there is no such file.
+
+    The first process looks, for all.
+    """
     import blobfile as bf
 
     path = bf.join(bf.dirname(main_checkpoint), name)
-    return path if bf.exists(path) else None
+    return path if dist_util.on_first_rank(lambda: bf.exists(path)) else None
 
 
 def find_newest_model(folder: str) -> str | None:
-    """The model file of the highest step in a run folder, or None.
+    """The model file of the highest step in a run folder, or None; the first process looks.
 
     The model is the last file of a save to be written: where it is, the others are.
     """
     import blobfile as bf
 
-    if not bf.isdir(folder):
-        return None
-    names = [name for name in bf.listdir(folder) if re.fullmatch(r"model\d{6,}\.pt", name)]
-    newest = max(names, key=parse_resume_step_from_filename, default=None)
-    return None if newest is None else bf.join(folder, newest)
+    def find() -> str | None:
+        names = bf.listdir(folder) if bf.isdir(folder) else []
+        models = [name for name in names if re.fullmatch(r"model\d{6,}\.pt", name)]
+        newest = max(models, key=parse_resume_step_from_filename, default=None)
+        return None if newest is None else bf.join(folder, newest)
+
+    return dist_util.on_first_rank(find)
 
 
 # -- writing ----------------------------------------------------------------------------------
 
 
-def write_file(path: str, data: bytes) -> None:
-    """Write a file that is there whole or not at all.
+@contextlib.contextmanager
+def open_whole(path: str) -> Iterator[IO[bytes]]:
+    """Open a file for writing that is there whole or not at all.
 
     A local file is written beside, flushed to the disk, then renamed; a blob appears when its
     upload is complete.
+
+    :raises OSError: with the path as its ``filename``, also when the disk is full.
     """
     import blobfile as bf
 
     if "://" in path:
         with bf.BlobFile(path, "wb") as file:
-            file.write(data)
+            yield file
         return
     beside = f"{path}.tmp"
     try:
         with open(beside, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, path)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # such as a full disk
+            error.filename = path
+        raise
     finally:
         with contextlib.suppress(FileNotFoundError):  # it is gone if all went well
             os.unlink(beside)
 
 
+def write_file(path: str, data: bytes) -> None:
+    """Write a file that is there whole or not at all; see :func:`open_whole`."""
+    with open_whole(path) as file:
+        file.write(data)
+
+
 def write_tensors(path: str, value: Any) -> None:
-    """``torch.save`` into a file that is there whole or not at all."""
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    write_file(path, buffer.getvalue())
+    """``torch.save`` into a file that is there whole or not at all; see :func:`open_whole`."""
+    with open_whole(path) as file:
+        torch.save(value, file)
 
 
 # -- flags beside checkpoints -----------------------------------------------------------------
@@ -132,25 +148,27 @@ def save_config(folder: str, flags: Mapping[str, Any], name: str = CONFIG) -> No
 
 
 def load_config(folder: str) -> dict[str, Any]:
-    """The flags that a run folder holds; empty if it holds none.
+    """The flags that a run folder holds; empty if it holds none. The first process reads them.
 
-    :raises ValueError: naming the file, if it is damaged.
+    :raises ValueError: naming the file, on every process, if it is damaged.
     """
     import blobfile as bf
 
     path = bf.join(folder, CONFIG)
-    if not bf.exists(path):
-        return {}
-    try:
-        with bf.BlobFile(path, "rb") as file:
-            flags = json.loads(file.read())
-        if not isinstance(flags, dict):
-            raise ValueError
-    except ValueError:
-        raise UserError(
-            f"'{path}' is damaged: repair it, or delete it and give the flags"
-        ) from None
-    return flags
+
+    def read() -> dict[str, Any]:
+        if not bf.exists(path):
+            return {}
+        try:
+            with bf.BlobFile(path, "rb") as file:
+                flags = json.loads(file.read())
+            if isinstance(flags, dict):
+                return flags
+        except ValueError:
+            pass
+        raise UserError(f"'{path}' is damaged: repair it, or delete it and give the flags")
+
+    return dist_util.on_first_rank(read)
 
 
 def merge_flags(
@@ -205,7 +223,8 @@ def load_model(model: nn.Module, path: str) -> None:
 
 
 def check_fit(model: nn.Module, state: Any, path: str) -> None:
-    """
+    """Check that a checkpoint belongs to a model.
+
     :raises ValueError: unless ``state`` has exactly the keys and shapes of the model.
     """
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -241,10 +260,10 @@ def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
         first_width = shapes["input_blocks.1.0.in_layers.2.bias"][0]
         blocks = _input_blocks(shapes)
-    except (KeyError, IndexError):
+        levels = 1 + max(block.level for block in blocks)
+        widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
+    except (KeyError, IndexError, StopIteration):
         return {}
-    levels = 1 + max(block.level for block in blocks)
-    widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
     about = {
         "--num_channels": num_channels,
         "--channel_mult": ",".join(f"{width / num_channels:g}" for width in widths),
@@ -269,17 +288,17 @@ class _ResBlockShape(NamedTuple):
 
 
 def _input_blocks(shapes: Mapping[str, tuple[int, ...]]) -> list[_ResBlockShape]:
-    """The residual blocks on the way down.
+    """The residual blocks on the way down; a block that is none of them halves the size.
 
-    Downsampling by pooling has no weights; then all blocks count as one level.
+    Downsampling by pooling has no weights, and so no keys.
     """
-    blocks, level, i = [], 0, 1
-    while any(key.startswith(f"input_blocks.{i}.") for key in shapes):
-        prefix = f"input_blocks.{i}"
-        if f"{prefix}.0.op.weight" in shapes:
+    indices = {int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks.")}
+    blocks, level = [], 0
+    for i in range(1, max(indices) + 1):
+        width = shapes.get(f"input_blocks.{i}.0.in_layers.2.bias")
+        if width is None:
             level += 1
         else:
-            width = shapes[f"{prefix}.0.in_layers.2.bias"][0]
-            blocks.append(_ResBlockShape(level, width, f"{prefix}.1.qkv.weight" in shapes))
-        i += 1
+            attends = f"input_blocks.{i}.1.qkv.weight" in shapes
+            blocks.append(_ResBlockShape(level, width[0], attends))
     return blocks

@@ -18,7 +18,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,12 @@ GPUS_PER_NODE = 8  # where a launcher does not tell the local rank
 SETUP_RETRY_COUNT = 3  # attempts to reach the first process
 
 BROADCAST_CHUNK = 2**28  # bytes; one message of a whole checkpoint may exceed 2 GiB
+# After srun has been ruled out, which may set the first two as well; then PALS and MVAPICH
+OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "PALS_RANKID", "MV2_COMM_WORLD_SIZE")
 SLURM_BATCH_STEP = str(0xFFFFFFFB)  # the step ID of a batch script, which srun did not start
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -118,6 +123,26 @@ def sync_params(params: Iterable[Tensor]) -> None:
             dist.broadcast(param.detach(), 0)  # detached: a leaf must not change under autograd
 
 
+def on_first_rank(function: Callable[[], T]) -> T:
+    """Call a function on the first process alone and give its small result to all.
+
+    :raises ValueError: on every process alike, if the function raises :class:`UserError` or cannot
+        read a file.
+    """
+    result, problem = None, ""
+    if get_rank() == 0:
+        try:
+            result = function()
+        except UserError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = str(error) or type(error).__name__
+    result, problem = broadcast_object((result, problem))
+    if problem:
+        raise UserError(problem)
+    return result
+
+
 def load_state_dict(path: str, **kwargs: Any) -> Any:
     """Load a file of tensors, which the first process reads, on every process.
 
@@ -126,15 +151,14 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     :raises ValueError: on every process alike, if the file is missing, damaged, or holds anything
         but tensors and plain containers of them.
     """
-    data, problem = b"", ""
-    if get_rank() == 0:
-        try:
-            data = _read_bytes(path)
-        except UserError as error:
-            problem = str(error)
-    problem, size = broadcast_object((problem, len(data)))
-    if problem:
-        raise UserError(problem)
+    data = b""
+
+    def read() -> int:
+        nonlocal data
+        data = _read_bytes(path)
+        return len(data)
+
+    size = on_first_rank(read)
     if get_world_size() > 1:
         data = _broadcast_bytes(data, size)
     return _load_tensors(data, path, kwargs)
@@ -152,22 +176,30 @@ def _load_tensors(data: bytes, path: str, kwargs: dict[str, Any]) -> Any:
                 "only tensors are loaded: save a plain state dict"
             ) from None
         raise UserError(f"checkpoint '{path}' is damaged or no checkpoint at all") from None
-    except Exception:  # whatever foreign or cut-off bytes make the unpickler raise
-        raise UserError(f"checkpoint '{path}' is damaged or no checkpoint at all") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # whatever foreign or cut-off bytes make the unpickler raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"checkpoint '{path}' is damaged or no checkpoint at all: {reason}"
+        ) from None
 
 
 def _read_bytes(path: str) -> bytes:
     import blobfile as bf
 
-    if not path or bf.isdir(path) or not bf.exists(path):
-        raise UserError(f"checkpoint '{path}' does not exist or is no file")
-    with bf.BlobFile(path, "rb") as file:
-        return file.read()
+    try:
+        if not path or bf.isdir(path) or not bf.exists(path):
+            raise UserError(f"checkpoint '{path}' does not exist or is no file")
+        with bf.BlobFile(path, "rb") as file:
+            return file.read()
+    except bf.Error as error:  # no access to the blob storage
+        raise UserError(f"checkpoint '{path}' cannot be read: {error}") from None
 
 
 def _broadcast_bytes(data: bytes, size: int) -> bytes:
     """``data`` of the first process on every process, in chunks."""
-    received = bytearray(size)
+    received = bytearray(0 if get_rank() == 0 else size)
     for start in range(0, size, BROADCAST_CHUNK):
         length = min(BROADCAST_CHUNK, size - start)
         if get_rank() == 0:
@@ -176,8 +208,9 @@ def _broadcast_bytes(data: bytes, size: int) -> bytes:
             chunk = torch.empty(length, dtype=torch.uint8)
         chunk = chunk.to(dev())
         dist.broadcast(chunk, 0)
-        received[start : start + length] = chunk.cpu().numpy().tobytes()
-    return bytes(received)
+        if get_rank() != 0:
+            received[start : start + length] = chunk.cpu().numpy().data
+    return data or bytes(received)
 
 
 # -- who started us ---------------------------------------------------------------------------
@@ -191,7 +224,7 @@ def _launcher(env: Mapping[str, str] = os.environ) -> str:
         return "mpiexec"  # before srun: inside a Slurm job mpiexec starts its daemons by srun
     if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", SLURM_BATCH_STEP) != SLURM_BATCH_STEP:
         return "srun"
-    if "PMI_SIZE" in env:
+    if any(name in env for name in OTHER_MPI_VARIABLES):
         return "mpiexec"
     return "single"
 
@@ -213,11 +246,20 @@ def _meet_by_address(place: Place) -> dist.Store:
     """A key-value store at an address that every process can tell beforehand."""
     if place.launcher == "torchrun":
         # torchrun's agent may hold the port already and serve the store: let torch find out
-        store, _, _ = next(dist.rendezvous("env://", rank=place.rank, world_size=place.world_size))
-        return store
+        try:
+            rendezvous = dist.rendezvous("env://", rank=place.rank, world_size=place.world_size)
+            return next(rendezvous)[0]
+        except (RuntimeError, ValueError, dist.DistError) as error:
+            raise UserError(
+                f"process {place.rank} of {place.world_size} cannot meet the others at MASTER_ADDR "
+                f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}: "
+                f"{_first_line(error)}"
+            ) from None
     host = os.environ.get("MASTER_ADDR") or _first_slurm_host(os.environ)
-    port = int(os.environ.get("MASTER_PORT") or _slurm_port(os.environ))
-    return _connect(host, port, place)
+    port = os.environ.get("MASTER_PORT") or str(_slurm_port(os.environ))
+    if not port.isdecimal():
+        raise UserError(f"MASTER_PORT {port} is no port number")
+    return _connect(host, int(port), place)
 
 
 def _connect(host: str, port: int, place: Place) -> dist.Store:
@@ -229,10 +271,14 @@ def _connect(host: str, port: int, place: Place) -> dist.Store:
                 raise UserError(
                     f"process {place.rank} of {place.world_size} cannot meet the others at "
                     f"{host}:{port}; set MASTER_ADDR and MASTER_PORT to an address and a free port "
-                    f"of the first machine ({str(error).splitlines()[0]})"
+                    f"of the first machine ({_first_line(error)})"
                 ) from None
             time.sleep(2**attempt)
     raise AssertionError("unreachable")
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _first_slurm_host(env: Mapping[str, str]) -> str:
@@ -260,31 +306,32 @@ def _meet_by_mpi() -> tuple[Place, dist.Store | None]:
         raise UserError(
             "started by mpiexec, but mpi4py does not work here: install an MPI library (pip "
             "install 'improved-diffusion[mpi]') or use torchrun, which needs none "
-            f"({str(error).splitlines()[0]})"
+            f"({_first_line(error)})"
         ) from None
     comm = MPI.COMM_WORLD
     local = comm.Split_type(MPI.COMM_TYPE_SHARED)
     place = Place("mpiexec", comm.Get_rank(), comm.Get_size(), local.Get_rank())
-    started = int(os.environ.get("OMPI_COMM_WORLD_SIZE", os.environ.get("PMI_SIZE", "1")))
-    if place.world_size != started:
+    started = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE")
+    if started and place.world_size != int(started):
         raise UserError(
             f"mpiexec started {started} processes, but mpi4py sees {place.world_size}: it is "
             "linked to another MPI library than this mpiexec; use that library's mpiexec"
         )
     if place.world_size == 1:
         return place, None
-    store = None
+    store, address, problem = None, None, ""
     if place.rank == 0:
         one_machine = local.Get_size() == place.world_size
         host = "127.0.0.1" if one_machine else os.environ.get("MASTER_ADDR") or _own_address()
-        store = dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False)
-        address = (host, store.port)
-    else:
-        address = None
-    host, port = comm.bcast(address, root=0)
-    if store is None:
-        store = dist.TCPStore(host, port, place.world_size, is_master=False)
-    return place, store
+        try:
+            store = dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False)
+            address = (host, store.port)
+        except (RuntimeError, dist.DistError) as error:
+            problem = f"the first process cannot open a port on {host}: {_first_line(error)}"
+    address, problem = comm.bcast((address, problem), root=0)
+    if problem:
+        raise UserError(problem)
+    return place, store or _connect(address[0], address[1], place)
 
 
 def _own_address() -> str:
@@ -334,12 +381,13 @@ def _take_down(code: int) -> None:
     """Exit so that the launcher ends the other processes too."""
     sys.stdout.flush()
     sys.stderr.flush()
-    if get_world_size() == 1:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if get_world_size() == 1 and (mpi is None or mpi.COMM_WORLD.Get_size() == 1):
         sys.exit(code)
     for worker in multiprocessing.active_children():
         worker.terminate()
-    if "mpi4py.MPI" in sys.modules:
+    if mpi is not None:
         # An ordinary exit would wait in MPI_Finalize for processes that wait for this one.
         time.sleep(1)  # for the others to say the same, if they failed too
-        sys.modules["mpi4py.MPI"].COMM_WORLD.Abort(code)
+        mpi.COMM_WORLD.Abort(code)
     os._exit(code)  # a half-finished collective must not hold it back

@@ -145,16 +145,18 @@ def numbers(flag: str, text: str, kind: Callable[[str], Any] = int) -> list[Any]
 
 
 def require(condition: bool, flag: str, value: Any, expected: str) -> None:
-    """
-    :raises ValueError: "--flag value: must be expected", unless the condition holds.
+    """Refuse a flag's value unless a condition holds.
+
+    :raises ValueError: "--flag value: must be expected".
     """
     if not condition:
         raise UserError(f"--{flag} {value}: must be {expected}")
 
 
 def require_at_least(least: float, options: object, names: Iterable[str]) -> None:
-    """
-    :raises ValueError: naming the first of the options that is below ``least``.
+    """Refuse options below a limit.
+
+    :raises ValueError: naming the first of ``names`` that is below ``least``.
     """
     for name in names:
         value = getattr(options, name)

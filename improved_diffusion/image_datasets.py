@@ -61,9 +61,12 @@ class ImageList:
 
 
 def list_images(
-    data_dir: str, class_cond: bool = False, labels_from: str = "filename"
+    data_dir: str,
+    class_cond: bool = False,
+    labels_from: str = "filename",
+    flag: str = "data_dir",
 ) -> ImageList:
-    """Find the images below a folder, and their classes.
+    """Find the images below a folder, and their classes. The first process looks, for all.
 
     Hidden files and folders are passed over.
 
@@ -71,15 +74,19 @@ def list_images(
     :param class_cond: whether to label the images.
     :param labels_from: "filename" for the name up to the first ``_``, "folder" for the name of
         the folder that holds the image.
-    :raises ValueError: if there is no such folder, or no image in it.
+    :param flag: the flag that named the folder, for the errors.
+    :raises ValueError: on every process, if there is no such folder, or no image in it.
     """
     import blobfile as bf
 
-    if not data_dir or not bf.isdir(data_dir):
-        raise UserError(f"--data_dir '{data_dir}' is no folder")
-    paths = _list_recursively(data_dir)
+    def find() -> list[str]:
+        if not data_dir or not bf.isdir(data_dir):
+            raise UserError(f"--{flag} '{data_dir}' is no folder")
+        return _list_recursively(data_dir)
+
+    paths = dist_util.on_first_rank(find)
     if not paths:
-        raise UserError(f"--data_dir '{data_dir}' holds no images ({', '.join(EXTENSIONS)})")
+        raise UserError(f"--{flag} '{data_dir}' holds no images ({', '.join(EXTENSIONS)})")
     if not class_cond:
         return ImageList(paths)
     if labels_from == "folder":
@@ -95,14 +102,13 @@ def _list_recursively(folder: str) -> list[str]:
     import blobfile as bf
 
     found = []
-    for entry in sorted(bf.listdir(folder)):
-        path = bf.join(folder, entry)
-        if entry.startswith("."):
+    for entry in sorted(bf.scandir(folder), key=lambda entry: entry.name):
+        if entry.name.startswith("."):
             continue
-        if bf.isdir(path):
-            found += _list_recursively(path)
-        elif "." in entry and entry.rsplit(".", 1)[1].lower() in EXTENSIONS:
-            found.append(path)
+        if entry.is_dir:
+            found += _list_recursively(entry.path)
+        elif "." in entry.name and entry.name.rsplit(".", 1)[1].lower() in EXTENSIONS:
+            found.append(entry.path)
     return found
 
 
@@ -209,17 +215,25 @@ class GlobalBatchSampler:
     :param seed: None for the order of the files, the same in every epoch.
     :param rank: this process.
     :param world_size: number of processes.
+    :param start: how many batches of the series to pass over, as a continued run does.
     :raises ValueError: if the images do not fill one global batch.
     """
 
     def __init__(
-        self, size: int, batch_size: int, seed: int | None, rank: int, world_size: int
+        self,
+        size: int,
+        batch_size: int,
+        seed: int | None,
+        rank: int,
+        world_size: int,
+        start: int = 0,
     ) -> None:
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.start = start
         if size < batch_size * world_size:
             raise UserError(
                 f"{size} images are fewer than one global batch of {batch_size * world_size} "
@@ -232,13 +246,13 @@ class GlobalBatchSampler:
 
     def __iter__(self) -> Iterator[list[int]]:
         global_batch = self.batch_size * self.world_size
-        epoch = 0
+        epoch, skip = divmod(self.start, self.size // global_batch)
         while True:
             order = self._order(epoch)
-            for start in range(0, self.size - global_batch + 1, global_batch):
-                first = start + self.rank * self.batch_size
+            for batch in range(skip, self.size // global_batch):
+                first = batch * global_batch + self.rank * self.batch_size
                 yield order[first : first + self.batch_size].tolist()
-            epoch += 1
+            epoch, skip = epoch + 1, 0
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
@@ -259,6 +273,7 @@ def load_data(
     labels_from: str = "filename",
     num_workers: int = 1,
     seed: int | None = None,
+    start: int = 0,
 ) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
     """An endless generator of batches of images and their labels.
 
@@ -274,6 +289,7 @@ def load_data(
     :param labels_from: see :func:`list_images`.
     :param num_workers: processes that read images.
     :param seed: of the shuffled order; None draws one from torch's global generator.
+    :param start: how many batches to pass over, as a continued run does.
     :return: pairs of float32 [N, C, H, W] in [-1, 1], and {"y": int64 [N]} or {}.
     :raises ValueError: if the folder is missing or empty, or holds less than a global batch; and
         later, naming the file, for one that is no image.
@@ -290,6 +306,7 @@ def load_data(
         None if deterministic else seed,
         dist_util.get_rank(),
         dist_util.get_world_size(),
+        start,
     )
     loader = DataLoader(
         dataset,

@@ -58,7 +58,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
     def __init__(self, filename_or_file: str | TextIO) -> None:
         self.handler: logging.Handler
         if isinstance(filename_or_file, str):
-            self.handler = logging.FileHandler(filename_or_file)
+            self.handler = logging.FileHandler(filename_or_file, encoding="utf-8")
         else:
             self.handler = logging.StreamHandler(filename_or_file)
 

@@ -21,7 +21,12 @@ from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import DataOptions, ImageList, list_images, load_data
 from .resample import create_named_schedule_sampler
 from .rng import derive_seed
-from .script_util import FIXED_BY_TRAINING, ModelAndDiffusionOptions, SuperResOptions
+from .script_util import (
+    FIXED_BY_TRAINING,
+    NUM_CLASSES,
+    ModelAndDiffusionOptions,
+    SuperResOptions,
+)
 from .train_util import Batch, Cond, TrainLoop, TrainOptions, get_blob_logdir
 
 Flags = dict[str, Any]
@@ -75,7 +80,11 @@ def open_folder(folder: str, flags: Flags, config: str = "") -> None:
     logger.configure(dir=folder)
     if dist_util.get_rank() == 0:
         script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-        checkpoint.save_config(get_blob_logdir(), flags, config or f"{script}.json")
+        folder = get_blob_logdir()
+        if "://" not in folder:
+            os.makedirs(folder, exist_ok=True)  # $DIFFUSION_BLOB_LOGDIR may be new
+        stored = {**flags, "resume_checkpoint": ""} if config else flags
+        checkpoint.save_config(folder, stored, config or f"{script}.json")
     world, gpus = dist_util.get_world_size(), torch.cuda.device_count()
     device = torch.cuda.get_device_name() if gpus else "CPU"
     logger.log(f"{world} process{'es' if world > 1 else ''} on {device}, seed {flags['seed']}")
@@ -124,8 +133,11 @@ def prepare_training(
     flags = {**flags, "log_dir": set_up(flags)}
     folder = os.environ.get("DIFFUSION_BLOB_LOGDIR") or flags["log_dir"]
     continued = train.resume_checkpoint or checkpoint.find_newest_model(folder)
-    flags = inherit(flags, given, os.path.dirname(continued)) if continued else flags
-
+    step = 0
+    if continued:
+        flags = inherit(flags, given, os.path.dirname(continued))
+        flags["resume_checkpoint"] = continued
+        step = checkpoint.parse_resume_step_from_filename(continued) + 1
     images = list_images(source.data_dir, flags["class_cond"], source.labels_from)
     flags = _with_classes(flags, images)
     data = load_data(
@@ -137,8 +149,9 @@ def prepare_training(
         channels=flags["channels"],
         num_workers=source.num_workers,
         seed=flags["seed"],
+        start=step,
     )
-    seed_everything(flags["seed"], "train", dist_util.get_rank())
+    seed_everything(flags["seed"], "train", dist_util.get_rank(), step)
     return {**flags, "num_images": len(images.paths)}, data
 
 
@@ -151,6 +164,11 @@ def _with_classes(flags: Flags, images: ImageList) -> Flags:
     if not flags["class_cond"]:
         return flags
     found, wanted = list(images.class_names), flags["num_classes"] or len(images.class_names)
+    if len(found) == len(images.paths) > 1:
+        raise UserError(
+            f"--class_cond True: each of the {len(found)} images would be a class of its own; name "
+            "files CLASS_anything, or put each class into a folder and give --labels_from folder"
+        )
     if len(found) > wanted:
         raise UserError(
             f"the data has {len(found)} classes ({', '.join(found[:5])}, ...), more than "
@@ -161,11 +179,16 @@ def _with_classes(flags: Flags, images: ImageList) -> Flags:
 
 
 def check_class_names(flags: Flags, images: ImageList) -> None:
-    """
-    :raises ValueError: if the classes of the data are not those that the checkpoint was trained on.
+    """Check that labels made from the data mean to the checkpoint what they mean in the data.
+
+    :raises ValueError: if the classes of the data are not those that the checkpoint was trained
+        on, or are more than it has.
     """
     trained = list(flags.get("class_names") or [])
     found = list(images.class_names)
+    most = flags.get("num_classes") or NUM_CLASSES
+    if len(found) > most:
+        raise UserError(f"the data has {len(found)} classes, more than the model's {most}")
     if trained and found and trained != found:
         odd = sorted(set(trained) ^ set(found))
         raise UserError(

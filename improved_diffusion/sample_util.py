@@ -49,6 +49,15 @@ class SampleOptions:
             raise UserError(f"--eta {self.eta} needs --use_ddim True: DDPM has no eta")
 
 
+def check_png(save_png: bool, channels: int) -> None:
+    """Check before sampling that what is asked for can be written.
+
+    :raises ValueError: if PNG files are wanted of images that PNG cannot hold.
+    """
+    if save_png and channels not in PIL_MODES:
+        raise UserError(f"--save_png True: PNG holds 1 to 4 channels, not {channels}")
+
+
 def parse_classes(text: str, num_classes: int | None, class_names: Sequence[str]) -> list[int]:
     """Read ``--classes``.
 
@@ -67,7 +76,7 @@ def parse_classes(text: str, num_classes: int | None, class_names: Sequence[str]
     classes = []
     for part in (part.strip() for part in text.split(",")):
         index = int(part) if part.isdecimal() else -1
-        if part in class_names and not part.isdecimal():
+        if part in class_names:  # a name wins over a number: classes may be named by numbers
             index = list(class_names).index(part)
         if not 0 <= index < num_classes:
             names = f" or {', '.join(class_names[:5])}, ..." if class_names else ""
@@ -136,20 +145,20 @@ def collect_samples(
     """
     from tqdm.auto import tqdm
 
-    images, labels = [], []
+    images: list[np.ndarray] = []
+    labels: list[np.ndarray] = []
     with tqdm(total=num_samples, unit="image", disable=dist_util.get_rank() != 0) as bar:
         for shares in _rounds(num_samples, batch_size, dist_util.get_world_size()):
             made, classes = make(shares[dist_util.get_rank()])
             images.append(_gather(made))
-            labels.append(None if classes is None else _gather(classes.to(made.device)))
+            if classes is not None:
+                labels.append(_gather(classes.to(made.device)))
             done = min(num_samples, bar.n + sum(map(len, shares)))
             bar.update(done - bar.n)
     if dist_util.get_rank() != 0:
         return None
     together = np.concatenate(images)[:num_samples]
-    if labels[0] is None:
-        return together, None
-    return together, np.concatenate([part for part in labels if part is not None])[:num_samples]
+    return together, np.concatenate(labels)[:num_samples] if labels else None
 
 
 def _rounds(num_samples: int, batch_size: int, world_size: int) -> Iterator[list[list[int]]]:
@@ -166,12 +175,14 @@ def _rounds(num_samples: int, batch_size: int, world_size: int) -> Iterator[list
 
 
 def _gather(rows: Tensor) -> np.ndarray:
-    """The rows of all processes, in the order of their ranks."""
+    """The rows of all processes on the first, in the order of their ranks; none on the others."""
     if dist_util.get_world_size() == 1:
         return rows.cpu().numpy()
-    gathered = [torch.empty_like(rows) for _ in range(dist_util.get_world_size())]
-    dist.all_gather(gathered, rows.contiguous())
-    return torch.cat(gathered).cpu().numpy()
+    gathered = None
+    if dist_util.get_rank() == 0:
+        gathered = [torch.empty_like(rows) for _ in range(dist_util.get_world_size())]
+    dist.gather(rows.contiguous(), gathered)
+    return torch.cat(gathered or [rows[:0]]).cpu().numpy()
 
 
 # -- files ------------------------------------------------------------------------------------
@@ -192,19 +203,18 @@ def write_samples(
     :param labels: int64 [N], or None.
     :param classes: the classes that the samples go through in turn, one column of the grid each.
     :param class_names: names by class index, for the names of the PNG files.
+    :param save_png: also write ``png/INDEX_CLASS.png``; see :func:`check_png`.
     :return: the path of ``samples_NxHxWxC.npz``: ``arr_0`` holds the images, ``arr_1`` the labels.
     """
+    check_png(save_png, images.shape[-1])
     path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
-    buffer = io.BytesIO()
-    np.savez(buffer, images, *([] if labels is None else [labels]))
-    checkpoint.write_file(path, buffer.getvalue())
+    with checkpoint.open_whole(path) as file:
+        np.savez(file, images, *([] if labels is None else [labels]))
     if images.shape[-1] in PIL_MODES:
         columns = len(classes) if 2 <= len(classes) <= 20 else 0
         checkpoint.write_file(os.path.join(folder, "grid.png"), _png(grid(images, columns)))
         if save_png:
             _write_pngs(os.path.join(folder, "png"), images, labels, class_names)
-    elif save_png:
-        raise UserError(f"--save_png True: PNG holds 1 to 4 channels, not {images.shape[-1]}")
     return path
 
 

@@ -168,7 +168,6 @@ class TrainLoop:
         return DistributedDataParallel(
             model,
             device_ids=[device] if device.type == "cuda" else None,
-            broadcast_buffers=False,
             bucket_cap_mb=128,
         )
 
@@ -199,8 +198,9 @@ class TrainLoop:
             return
         state = dist_util.load_state_dict(path, map_location="cpu")
         try:
-            stored_lr = state["param_groups"][0].get("initial_lr", state["param_groups"][0]["lr"])
+            stored_lr = state["param_groups"][0]["lr"]
             self.opt.load_state_dict(state)
+            updates = {int(entry["step"]) for entry in state["state"].values()}
         except (ValueError, KeyError, TypeError, IndexError) as error:
             raise UserError(
                 f"'{path}' does not fit this run's optimiser ({error}): was --use_fp16 the same?"
@@ -210,7 +210,6 @@ class TrainLoop:
             group["lr"], group["weight_decay"] = self.lr, self.weight_decay
         if not self.lr_anneal_steps and stored_lr != self.lr:
             logger.log(f"resume: learning rate {self.lr}, was {stored_lr} in {name}")
-        updates = {int(entry["step"]) for entry in state["state"].values()}
         if updates and updates != {self.resume_step}:
             self.step = 1  # written inside the loop: the step of that name is done
 
@@ -269,13 +268,13 @@ class TrainLoop:
                     t,
                     model_kwargs={key: value[part] for key, value in cond.items()},
                 )
-                if isinstance(self.schedule_sampler, LossAwareSampler):
-                    self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
                 # each image weighs the same, however the batch is split
                 loss = (losses["loss"] * weights).sum() / len(batch)
                 if self.use_fp16:
                     loss = loss * 2**self.lg_loss_scale
                 loss.backward()
+            if isinstance(self.schedule_sampler, LossAwareSampler):
+                self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
             self._pending_losses.append(
                 (t, {key: (value * weights).detach() for key, value in losses.items()})
             )
@@ -338,12 +337,12 @@ class TrainLoop:
             logger.logkv("lg_loss_scale", self.lg_loss_scale)
 
     def _flush_losses(self) -> None:
-        """Log the losses since the last time: one copy from the device for all of them."""
+        """Log the losses since the last time, copied from the device in one go."""
         if self._pending_losses:
             ts, losses = zip(*self._pending_losses, strict=True)
             keys = losses[0].keys()
-            together = {key: torch.cat([entry[key] for entry in losses]) for key in keys}
-            log_loss_dict(self.diffusion, torch.cat(ts), together)
+            together = {key: torch.cat([entry[key] for entry in losses]).cpu() for key in keys}
+            log_loss_dict(self.diffusion, torch.cat(ts).cpu(), together)
             self._pending_losses.clear()
 
     # -- saving -------------------------------------------------------------------------------
@@ -392,7 +391,7 @@ def get_blob_logdir() -> str:
 
 def find_resume_checkpoint() -> str | None:
     """The newest model file of the run folder, so that the same command continues a run."""
-    return dist_util.broadcast_object(checkpoint.find_newest_model(get_blob_logdir()))
+    return checkpoint.find_newest_model(get_blob_logdir())
 
 
 def find_ema_checkpoint(main_checkpoint: str, step: int, rate: str | float) -> str | None:

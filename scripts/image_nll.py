@@ -7,6 +7,8 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from improved_diffusion import dist_util, logger, runs
+from improved_diffusion.checkpoint import open_whole
+from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import ArgumentParser, make_parser, option, pick, require_at_least
 from improved_diffusion.image_datasets import DataOptions, list_images, load_once
@@ -68,7 +70,8 @@ def main() -> None:
             bar.update(estimate.count - bar.n)
     if dist_util.get_rank() == 0:
         for name, terms in estimate.terms.items():
-            np.savez(os.path.join(flags["log_dir"], f"{name}_terms.npz"), terms.numpy())
+            with open_whole(os.path.join(flags["log_dir"], f"{name}_terms.npz")) as file:
+                np.savez(file, terms.numpy())
         logger.log(
             f"done {estimate.count} of {len(images.paths)} images: "
             f"bpd={estimate.bpd:.6g} +- {estimate.standard_error:.2g}"
@@ -88,4 +91,4 @@ def create_argparser() -> ArgumentParser:
 
 
 if __name__ == "__main__":
-    dist_util.run_main(main)
+    run_main(main)

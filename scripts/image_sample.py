@@ -8,6 +8,7 @@ from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, pick
 from improved_diffusion.sample_util import (
     SampleOptions,
+    check_png,
     class_labels,
     collect_samples,
     draw_samples,
@@ -30,6 +31,7 @@ def main() -> None:
     model, diffusion = create_model_and_diffusion(
         **args_to_dict(flags, model_and_diffusion_defaults())
     )
+    check_png(options.save_png, flags["channels"])
     classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
     runs.load_for_evaluation(model, options.model_path)
     runs.open_folder(flags["log_dir"], flags)

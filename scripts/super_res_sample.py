@@ -12,6 +12,7 @@ from improved_diffusion.errors import UserError
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, option, pick
 from improved_diffusion.sample_util import (
     SampleOptions,
+    check_png,
     class_labels,
     collect_samples,
     draw_samples,
@@ -50,6 +51,7 @@ def main() -> None:
     model, diffusion = sr_create_model_and_diffusion(
         **args_to_dict(flags, sr_model_and_diffusion_defaults())
     )
+    check_png(options.save_png, flags["channels"])
     classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
     base = load_base_samples(
         base_path,

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch.nn.functional as F
 
-from improved_diffusion import runs
+from improved_diffusion import dist_util, runs
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, ImageSize, height_width, make_parser
 from improved_diffusion.image_datasets import DataOptions
@@ -31,6 +31,7 @@ def with_low_res(
 ) -> Iterator[tuple[Batch, Cond]]:
     """Add each image shrunk by averaging as "low_res", [N, C, h, w]."""
     for large, cond in data:
+        large = large.to(dist_util.dev(), non_blocking=True)
         cond["low_res"] = F.interpolate(large, height_width(small_size), mode="area")
         yield large, cond
 
