@@ -29,6 +29,7 @@ def load_base_samples(
     *,
     want_labels: bool = False,
     class_names: Sequence[str] = (),
+    num_classes: int = 0,
 ) -> BaseSamples:
     """Read the images to upsample.
 
@@ -37,12 +38,13 @@ def load_base_samples(
     :param small_size: the size that the model was trained to upsample.
     :param want_labels: whether the model needs them.
     :param class_names: of the model by index, to read a folder's labels from the file names.
+    :param num_classes: of the model; 0 accepts any label.
     :raises ValueError: naming the file and both values, if size, channels or labels do not fit.
     """
     import blobfile as bf
 
     if path.endswith(".npz"):
-        return _from_npz(path, small_size, channels, want_labels)
+        return _from_npz(path, small_size, channels, want_labels, num_classes)
     if bf.isdir(path):
         found = list_images(path, class_cond=want_labels, flag="base_samples")
         pixels = [read_image(name, small_size, channels) for name in found.paths]
@@ -55,7 +57,9 @@ def load_base_samples(
     return BaseSamples(_as_images(read_image(path, small_size, channels)[None]))
 
 
-def _from_npz(path: str, small_size: ImageSize, channels: int, want_labels: bool) -> BaseSamples:
+def _from_npz(
+    path: str, small_size: ImageSize, channels: int, want_labels: bool, num_classes: int
+) -> BaseSamples:
     import blobfile as bf
 
     if not bf.exists(path):
@@ -80,6 +84,15 @@ def _from_npz(path: str, small_size: ImageSize, channels: int, want_labels: bool
         raise UserError(
             f"--base_samples '{path}' has no labels (arr_1), which the class-conditional model "
             "needs: give them by --classes"
+        )
+    if labels.shape != (len(pixels),):
+        raise UserError(
+            f"--base_samples '{path}' holds {len(pixels)} images, but labels {list(labels.shape)}"
+        )
+    if labels.min() < 0 or (num_classes and labels.max() >= num_classes):
+        raise UserError(
+            f"--base_samples '{path}' holds labels from {labels.min()} to {labels.max()}, but the "
+            f"model has {num_classes} classes"
         )
     return BaseSamples(_as_images(pixels), torch.from_numpy(labels.astype(np.int64)))
 

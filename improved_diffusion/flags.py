@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -160,4 +161,4 @@ def require_at_least(least: float, options: object, names: Iterable[str]) -> Non
     """
     for name in names:
         value = getattr(options, name)
-        require(value >= least, name, value, f"at least {least}")
+        require(least <= value < math.inf, name, value, f"at least {least}")

@@ -12,6 +12,7 @@ import datetime
 import functools
 import json
 import logging
+import logging.handlers
 import os
 import sys
 import time
@@ -290,12 +291,26 @@ _package_log = logging.getLogger("improved_diffusion")
 _handler = _ToCurrentLogger()
 
 
+_waiting = logging.handlers.MemoryHandler(capacity=1000, flushLevel=sys.maxsize)
+
+
 def _make_current(logger: Logger | None) -> None:
     Logger.CURRENT = logger
     _package_log.removeHandler(_handler)
     if logger is not None:
         _package_log.addHandler(_handler)
         _package_log.setLevel(DEBUG)  # the current logger's own level decides
+
+
+def hold_messages() -> None:
+    """Keep what the package's modules log until a run folder is open, to write it there."""
+    _package_log.addHandler(_waiting)
+
+
+def _release_messages() -> None:
+    _package_log.removeHandler(_waiting)
+    _waiting.setTarget(_handler)
+    _waiting.flush()
 
 
 # -- the current logger -----------------------------------------------------------------------
@@ -330,6 +345,7 @@ def configure(
     _make_current(Logger(dir, outputs, comm))
     if outputs:
         log(f"Logging to {dir}")
+    _release_messages()
 
 
 def default_dir() -> str:

@@ -57,6 +57,7 @@ def parse(
 
     :return: all flags; and the names of those that the user gave.
     """
+    logger.hold_messages()  # an error comes alone; otherwise they go to the run's log
     return vars(parser.parse_args(argv)), given_flags(parser, argv)
 
 
@@ -205,6 +206,8 @@ def train(
 ) -> None:
     """Open the run folder and train in it."""
     options = pick(TrainOptions, flags)
+    if options.resume_checkpoint and not os.path.isdir(flags["log_dir"]):
+        checkpoint.load_model(model, options.resume_checkpoint)  # fails before a folder is made
     open_folder(flags["log_dir"], flags, checkpoint.CONFIG)
     parameters = sum(param.numel() for param in model.parameters())
     world = dist_util.get_world_size()

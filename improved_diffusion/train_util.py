@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -64,7 +65,7 @@ class TrainOptions:
             self.schedule_sampler,
             " or ".join(SCHEDULE_SAMPLERS),
         )
-        require(self.lr > 0, "lr", self.lr, "above 0")
+        require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
         require_at_least(0, self, ["weight_decay", "lr_anneal_steps", "fp16_scale_growth"])
         require_at_least(1, self, ["batch_size", "log_interval", "save_interval"])
         micro = self.microbatch

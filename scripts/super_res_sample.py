@@ -53,17 +53,18 @@ def main() -> None:
     )
     check_png(options.save_png, flags["channels"])
     classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
+    runs.load_for_evaluation(model, options.model_path)
     base = load_base_samples(
         base_path,
         flags["small_size"],
         flags["channels"],
         want_labels=model.num_classes is not None and not classes,
         class_names=flags["class_names"],
+        num_classes=model.num_classes or 0,
     )
     num_samples = options.num_samples
     if "num_samples" not in given and not base_path.endswith(".npz"):
         num_samples = len(base.images)
-    runs.load_for_evaluation(model, options.model_path)
     runs.open_folder(flags["log_dir"], flags)
     logger.log(f"{options.model_path}: {describe_weights(options.model_path)}")
     logger.log(f"upsampling {len(base.images)} images to {num_samples} samples")
