@@ -54,11 +54,17 @@ def measure(images: np.ndarray, labels: np.ndarray) -> dict:
     :return: "recognised" and "real" (on a held-out fifth of the real digits), shares in 0 ... 1;
         "by_class", digit -> share.
     """
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-    from sklearn.svm import SVC
+    try:
+        from sklearn.datasets import load_digits
+        from sklearn.model_selection import train_test_split
+        from sklearn.svm import SVC
+    except ImportError:
+        raise UserError("scikit-learn is missing: pip install 'improved-diffusion[demo]'") from None
 
-    factor = images.shape[1] // 8
+    height, width = images.shape[1:3]
+    if height != width or height % 8:
+        raise UserError(f"the samples are {height}x{width}, but digits are a multiple of 8x8")
+    factor = height // 8
     grey = images.mean(axis=-1).reshape(-1, 8, factor, 8, factor).mean(axis=(2, 4))
     samples = grey.reshape(-1, 64) * 16 / 255  # the levels of the data set, 0 ... 16
     digits = load_digits()

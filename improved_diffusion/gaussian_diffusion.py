@@ -187,6 +187,9 @@ class GaussianDiffusion:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Moments of q(x_{t-1} | x_t, x_0), DDPM eqs. 6 and 7.
 
+        :param x_start: [N, C, ...] data.
+        :param x_t: [N, C, ...] the data after step t.
+        :param t: [N] timesteps.
         :return: mean, variance, log-variance (clipped at t = 0), each [N, C, ...].
         """
         assert x_start.shape == x_t.shape
@@ -318,6 +321,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} from p(x_{t-1} | x_t): DDPM Algorithm 2.
 
+        The arguments are those of :meth:`p_mean_variance`, and:
+
         :param generator: a torch.Generator, or one per sample; None for torch's global one.
         :return: "sample" and "pred_xstart", each [N, C, ...].
         """
@@ -412,6 +417,8 @@ class GaussianDiffusion:
     ) -> dict[str, Tensor]:
         """One step from x_t to x_{t-1}, DDIM eq. 12.
 
+        The arguments are those of :meth:`p_mean_variance`, and:
+
         :param eta: 0 is deterministic, 1 has the variance of DDPM's posterior (DDIM eq. 16).
         :param generator: a torch.Generator, or one per sample; None for torch's global one.
         :return: "sample" and "pred_xstart", each [N, C, ...].
@@ -433,7 +440,8 @@ class GaussianDiffusion:
             * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
             * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
         )
-        noise = randn_like(x, generator)  # drawn for eta = 0 too: the same draws for every eta
+        # drawn for eta = 0 too: the global generator moves on alike for every eta
+        noise = randn_like(x, generator)
         mean = (
             pred_xstart * torch.sqrt(alpha_bar_prev)
             + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
@@ -452,6 +460,8 @@ class GaussianDiffusion:
         eta: float = 0.0,
     ) -> dict[str, Tensor]:
         """One step from x_t to x_{t+1} along DDIM's deterministic path (DDIM section 4.3).
+
+        The arguments are those of :meth:`p_mean_variance`, and:
 
         :param eta: must be 0: only the deterministic path can be followed backwards.
         :return: "sample" (x_{t+1}) and "pred_xstart", each [N, C, ...].

@@ -358,7 +358,7 @@ def default_dir() -> str:
 def get_rank_without_mpi_import() -> int:
     """The rank of this process by what the launchers set, without asking them."""
     for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"):
-        if name in os.environ:
+        if os.environ.get(name, "").isdecimal():
             return int(os.environ[name])
     return 0
 

@@ -135,7 +135,8 @@ class _WrappedModel:
         self.original_num_steps = original_num_steps
 
     def __call__(self, x: Tensor, ts: Tensor, **kwargs: Any) -> Tensor:
-        """
+        """Call the model with the original timesteps.
+
         :param x: [N, C, ...] input of the model.
         :param ts: [N] indices into the kept timesteps.
         """

@@ -393,6 +393,7 @@ def create_gaussian_diffusion(
     :param rescale_timesteps: the model sees timesteps scaled to 0 ... 1000.
     :param rescale_learned_sigmas: the bound's term of the hybrid loss is weighed by T / 1000.
     :param timestep_respacing: see :func:`.respace.space_timesteps`; empty for all steps.
+    :return: the process over the kept steps.
     :raises ValueError: for an unknown schedule or an impossible respacing.
     """
     if use_kl:

@@ -101,7 +101,8 @@ class TrainLoop:
     :param resume_checkpoint: a model file; if empty, :func:`find_resume_checkpoint` is asked.
     :param use_fp16: compute in float16 with float32 master weights and a dynamic loss scale.
     :param fp16_scale_growth: growth of log2 of the loss scale per step.
-    :param schedule_sampler: which timesteps to train on; uniform if None.
+    :param schedule_sampler: which timesteps to train on; uniform if None. One that is aware of
+        losses needs equally many microbatches on every process.
     :param weight_decay: AdamW's.
     :param lr_anneal_steps: the last step; the learning rate falls linearly to 0. 0 for no end.
     """

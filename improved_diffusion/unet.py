@@ -34,7 +34,8 @@ class TimestepBlock(nn.Module):
 
     @abstractmethod
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """
+        """Apply the module.
+
         :param x: [N, C, ...] features.
         :param emb: [N, E] timestep embedding.
         """
@@ -154,7 +155,8 @@ class ResBlock(TimestepBlock):
             self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """
+        """Apply the block.
+
         :param x: [N, C, ...] features.
         :param emb: [N, E] timestep embedding.
         :return: [N, D, ...] features.
@@ -195,7 +197,8 @@ class AttentionBlock(nn.Module):
         self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        """
+        """Apply the block.
+
         :param x: [N, C, ...] features.
         :return: [N, C, ...] features.
         """
@@ -224,7 +227,8 @@ class QKVAttention(nn.Module):
     """Scaled dot-product attention (arXiv 1706.03762, eq. 1) of packed queries, keys, values."""
 
     def forward(self, qkv: Tensor) -> Tensor:
-        """
+        """Attend.
+
         :param qkv: [B, 3 D, L]: D channels each of queries, keys and values.
         :return: [B, D, L].
         """
@@ -381,7 +385,8 @@ class UNetModel(nn.Module):
         return next(self.time_embed.parameters()).dtype
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
-        """
+        """Predict the noise, or whatever the network was trained for.
+
         :param x: [N, C, ...] noised images.
         :param timesteps: [N] timesteps, integer or fractional.
         :param y: [N] int64 class labels, exactly if the model is class-conditional.
@@ -460,7 +465,8 @@ class SuperResModel(UNetModel):
     def forward(  # type: ignore[override]
         self, x: Tensor, timesteps: Tensor, low_res: Tensor | None = None, **kwargs: Any
     ) -> Tensor:
-        """
+        """Predict the noise, or whatever the network was trained for.
+
         :param x: [N, C, H, W] noised images.
         :param timesteps: [N] timesteps.
         :param low_res: [N, C, h, w] smaller images in [-1, 1].

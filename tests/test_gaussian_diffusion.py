@@ -715,3 +715,29 @@ def test_betas_that_are_no_noise_levels_are_an_error(betas):
 
 def test_only_the_kl_losses_are_the_variational_bound():
     assert [loss.name for loss in LossType if loss.is_vb()] == ["KL", "RESCALED_KL"]
+
+
+def test_overrides_with_parameters_of_their_own_get_each_argument_under_its_name():
+    seen = []
+
+    class Guided(SpacedDiffusion):
+        def p_sample(self, model, x, t, cond_fn=None, model_kwargs=None, **kwargs):
+            seen.append(("ddpm", cond_fn, model_kwargs))
+            return super().p_sample(model, x, t, model_kwargs=model_kwargs, **kwargs)
+
+        def ddim_sample(self, model, x, t, cond_fn=None, model_kwargs=None, **kwargs):
+            seen.append(("ddim", cond_fn, model_kwargs))
+            return super().ddim_sample(model, x, t, model_kwargs=model_kwargs, **kwargs)
+
+        def p_mean_variance(self, model, x, t, **kwargs):
+            assert kwargs["model_kwargs"] == {"y": labels}
+            return super().p_mean_variance(model, x, t, **kwargs)
+
+    labels = torch.tensor([1, 2])
+    diffusion = make_diffusion(10, schedule="cosine", var="FIXED_LARGE", cls=Guided)
+    model = formula_model("FIXED_LARGE")
+    arguments = {"model_kwargs": {"y": labels}, "device": "cpu"}
+    diffusion.p_sample_loop(model, (2, 3, 4, 4), **arguments)
+    diffusion.ddim_sample_loop(model, (2, 3, 4, 4), **arguments)
+    diffusion.calc_bpd_loop(model, torch.zeros(2, 3, 4, 4), model_kwargs={"y": labels})
+    assert seen == [("ddpm", None, {"y": labels})] * 10 + [("ddim", None, {"y": labels})] * 10
