@@ -25,6 +25,8 @@ demo: $(VENV)/.demo
 	$(PY) benchmarks/demo_quality.py $(DEMO)/samples
 	@echo "Look at $(DEMO)/samples/grid.png"
 
+# One thread: the tests' networks are small too, and some tests start several processes
+test test-quick: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
 	$(PY) -m pytest
 

@@ -16,7 +16,6 @@ from improved_diffusion.dist_util import _first_slurm_host, _launcher, _place_fr
 from improved_diffusion.train_util import TrainLoop
 
 WORKERS = TESTS / "workers"
-LAUNCHERS = ["torchrun", "mpiexec", "srun"]
 
 
 @pytest.fixture(scope="module")
@@ -45,10 +44,10 @@ def expected(tmp_path_factory):
     ("launcher", "microbatch", "checkpointing"),
     [
         ("torchrun", -1, "plain"),
-        ("torchrun", 1, "checkpoint"),
-        ("mpiexec", 1, "plain"),
-        ("srun", -1, "plain"),
-        ("single", 1, "checkpoint"),
+        pytest.param("torchrun", 1, "checkpoint", marks=pytest.mark.slow),
+        ("mpiexec", 1, "checkpoint"),
+        pytest.param("srun", -1, "plain", marks=pytest.mark.slow),
+        pytest.param("single", 1, "checkpoint", marks=pytest.mark.slow),
     ],
 )
 def test_ranks_end_equal_to_one_process_on_the_whole_batch(
@@ -72,7 +71,14 @@ def test_ranks_end_equal_to_one_process_on_the_whole_batch(
     assert sum(change > 1e-4 for change in moved) > len(moved) / 2  # far more than the tolerance
 
 
-@pytest.mark.parametrize("launcher", LAUNCHERS)
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "torchrun",
+        pytest.param("mpiexec", marks=pytest.mark.slow),
+        pytest.param("srun", marks=pytest.mark.slow),
+    ],
+)
 def test_group_serves_all_uses(tmp_path, launcher, digits_dir):
     torch.save({"w": torch.arange(5000.0)}, tmp_path / "file.pt")
     done = start(launcher, WORKERS / "group_worker.py", tmp_path, tmp_path / "file.pt", digits_dir)
@@ -92,8 +98,17 @@ def test_group_serves_all_uses(tmp_path, launcher, digits_dir):
     assert len(set(seen)) == len(seen)  # one epoch: no image twice across ranks
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
-@pytest.mark.parametrize("kind", ["user", "defect", "all"])
+@pytest.mark.parametrize(
+    ("launcher", "kind"),
+    [
+        ("mpiexec", "user"),
+        pytest.param("mpiexec", "defect", marks=pytest.mark.slow),
+        pytest.param("mpiexec", "all", marks=pytest.mark.slow),
+        pytest.param("torchrun", "user", marks=pytest.mark.slow),
+        pytest.param("torchrun", "defect", marks=pytest.mark.slow),
+        pytest.param("torchrun", "all", marks=pytest.mark.slow),
+    ],
+)
 def test_failure_of_a_rank_ends_all(launcher, kind):
     began = time.monotonic()
     done = start(launcher, WORKERS / "failing_worker.py", kind, timeout=100)

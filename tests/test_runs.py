@@ -1,0 +1,170 @@
+"""From the command line to a run folder, and back from a checkpoint."""
+
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from toy import make_model
+
+from improved_diffusion import checkpoint, dist_util, runs
+from improved_diffusion.errors import UserError
+from improved_diffusion.flags import make_parser
+from improved_diffusion.image_datasets import ImageList
+from improved_diffusion.script_util import ModelAndDiffusionOptions
+from improved_diffusion.train_util import TrainOptions
+
+
+def make_flags(**changes):
+    parser = make_parser("", TrainOptions, ModelAndDiffusionOptions, runs.RunOptions)
+    return {**vars(parser.parse_args([])), **changes}
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A run folder whose flags are not the defaults."""
+    flags = make_flags(
+        image_size=(8, 12),
+        num_channels=32,
+        class_cond=True,
+        num_classes=3,
+        timestep_respacing="50",
+        dropout=0.3,
+        lr=0.5,
+        batch_size=7,
+        seed=9,
+    )
+    checkpoint.save_config(str(tmp_path), {**flags, "class_names": ["a", "b", "c"]})
+    return str(tmp_path)
+
+
+# -- options
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"seed": -1}, "--seed -1"), ({"log_dir": "gs://bucket/x"}, "--log_dir gs://bucket/x")],
+)
+def test_impossible_options_are_named(options, named):
+    with pytest.raises(UserError, match=named):
+        runs.RunOptions(**options)
+
+
+def test_parse_tells_flags_that_were_given_from_defaults():
+    parser = make_parser("", TrainOptions)
+    flags, given = runs.parse(parser, ["--lr", "1e-4", "--batch_size", "3"])
+    assert flags["lr"] == 1e-4  # the default, but given
+    assert flags["batch_size"] == 3
+    assert flags["save_interval"] == 10000
+    assert given == {"lr", "batch_size"}
+
+
+# -- seeds
+
+
+def draws():
+    return torch.rand(4).tolist() + np.random.rand(4).tolist()
+
+
+def test_seeds_depend_on_seed_and_purpose():
+    def draw(*arguments):
+        runs.seed_everything(*arguments)
+        return draws()
+
+    first = draw(0, "train", 0)
+    random.seed(1)
+    assert draw(0, "train", 0) == first
+    others = [draw(1, "train", 0), draw(0, "train", 1), draw(0, "sample", 0)]
+    assert len({tuple(values) for values in [first, *others]}) == 4
+
+
+# -- flags of a checkpoint
+
+
+def test_flags_of_the_model_are_inherited(stored):
+    merged = runs.inherit(make_flags(), set(), stored)
+    assert merged["image_size"] == (8, 12)
+    assert merged["num_channels"] == 32
+    assert merged["class_cond"] is True
+    assert merged["num_classes"] == 3
+    assert merged["timestep_respacing"] == "50"
+    assert merged["dropout"] == 0.3
+    assert merged["class_names"] == ["a", "b", "c"]
+
+
+def test_flags_of_the_training_are_not_inherited(stored):
+    merged = runs.inherit(make_flags(), set(), stored)
+    for name in ("lr", "batch_size", "seed", "log_dir", "data_dir"):
+        assert merged.get(name) == make_flags().get(name)
+
+
+def test_given_flags_win_where_training_has_not_settled_them(stored):
+    flags = make_flags(timestep_respacing="", dropout=0.0)
+    merged = runs.inherit(flags, {"timestep_respacing", "dropout"}, stored)
+    assert (merged["timestep_respacing"], merged["dropout"]) == ("", 0.0)
+
+
+@pytest.mark.parametrize("value", [128, 64])
+def test_given_flag_that_contradicts_is_an_error_with_both_values(stored, value):
+    with pytest.raises(UserError, match=f"--num_channels {value} .* --num_channels 32"):
+        runs.inherit(make_flags(num_channels=value), {"num_channels"}, stored)
+
+
+def test_folder_without_flags_changes_nothing(tmp_path):
+    flags = make_flags(num_channels=32)
+    merged = runs.inherit(flags, {"num_channels"}, str(tmp_path))
+    assert merged == {**flags, "class_names": []}
+
+
+def test_flags_survive_the_file(tmp_path):
+    """Sizes come back as pairs, and what is written is plain JSON."""
+    flags = make_flags(image_size=(8, 12))
+    checkpoint.save_config(str(tmp_path), flags)
+    json.loads((tmp_path / "config.json").read_text())
+    merged = runs.inherit(make_flags(), set(), str(tmp_path))
+    assert merged == {**flags, "class_names": []}
+
+
+# -- classes
+
+
+def images(*names):
+    return ImageList([f"{name}_1.png" for name in names], list(range(len(names))), tuple(names))
+
+
+@pytest.mark.parametrize(
+    ("trained", "found"), [(["a", "b"], ["a", "b"]), ([], ["a"]), (None, ["a"]), (["a"], [])]
+)
+def test_classes_that_agree_or_are_unknown_pass(trained, found):
+    flags = make_flags(class_cond=True, class_names=trained)
+    runs.check_class_names(flags, images(*found))
+
+
+@pytest.mark.parametrize(
+    ("found", "odd"), [(["a", "b"], "c"), (["a", "b", "c", "d"], "d"), (["a", "b", "x"], "c, x")]
+)
+def test_other_classes_than_the_checkpoints_are_named(found, odd):
+    flags = make_flags(class_cond=True, class_names=["a", "b", "c"])
+    with pytest.raises(UserError, match=f"{len(found)} classes .* 3 .*: {odd} on one side"):
+        runs.check_class_names(flags, images(*found))
+
+
+def test_more_classes_than_the_model_are_an_error():
+    flags = make_flags(class_cond=True, num_classes=2)
+    runs.check_class_names(flags, images("a", "b"))
+    with pytest.raises(UserError, match="3 classes, more than the model's 2"):
+        runs.check_class_names(flags, images("a", "b", "c"))
+
+
+# -- weights
+
+
+def test_model_for_evaluation_has_the_weights_of_the_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(dist_util, "dev", lambda: torch.device("cpu"))
+    path = str(tmp_path / "model000001.pt")
+    torch.save(make_model(seed=1).state_dict(), path)
+    model = runs.load_for_evaluation(make_model(seed=2), path)
+    assert not model.training
+    for ours, theirs in zip(model.parameters(), make_model(seed=1).parameters(), strict=True):
+        assert torch.equal(ours, theirs)
