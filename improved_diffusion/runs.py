@@ -206,7 +206,8 @@ def train(
 ) -> None:
     """Open the run folder and train in it."""
     options = pick(TrainOptions, flags)
-    if options.resume_checkpoint and not os.path.isdir(flags["log_dir"]):
+    new_folder = dist_util.on_first_rank(lambda: not os.path.isdir(flags["log_dir"]))
+    if options.resume_checkpoint and new_folder:
         checkpoint.load_model(model, options.resume_checkpoint)  # fails before a folder is made
     open_folder(flags["log_dir"], flags, checkpoint.CONFIG)
     parameters = sum(param.numel() for param in model.parameters())
