@@ -235,13 +235,15 @@ class GlobalBatchSampler:
         self.world_size = world_size
         self.start = start
         if size < batch_size * world_size:
+            processes = f"{world_size} process{'es' if world_size > 1 else ''}"
+            advice = (
+                f"lower --batch_size to {size // world_size} or less"
+                if size >= world_size
+                else "start fewer processes"
+            )
             raise UserError(
                 f"{size} images are fewer than one global batch of {batch_size * world_size} "
-                f"({world_size} processes x --batch_size {batch_size}): lower --batch_size to "
-                f"{size // world_size} or less, or add images"
-                if size >= world_size
-                else f"{size} images are fewer than the {world_size} processes, which form a "
-                f"global batch of {batch_size * world_size}: start fewer, or add images"
+                f"({processes} x --batch_size {batch_size}): {advice}, or add images"
             )
 
     def __iter__(self) -> Iterator[list[int]]:

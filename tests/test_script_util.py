@@ -537,3 +537,9 @@ def test_args_to_dict_needs_all_names():
 @pytest.mark.parametrize("name", script_util.__all__)
 def test_public_name_exists(name):
     assert hasattr(script_util, name)
+
+
+def test_small_images_must_not_be_larger_than_the_large():
+    with pytest.raises(UserError, match="--small_size 64x16 is larger than --large_size 32"):
+        SuperResOptions(large_size=32, small_size=(64, 16))
+    SuperResOptions(large_size=32, small_size=32)
