@@ -1,4 +1,4 @@
-# make demo   train on handwritten digits, sample, look: about three minutes on two cores
+# make demo   train on handwritten digits, sample, look: three to four minutes on two cores
 # make test   the whole test suite;  make test-quick  without the slow tests
 # make check  lint, format and types, as CI runs it
 

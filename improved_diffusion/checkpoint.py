@@ -48,6 +48,11 @@ def parse_resume_step_from_filename(filename: str) -> int:
     return int(match.group(1)) if match else 0
 
 
+def is_model_name(path: str) -> bool:
+    """Whether a file is named as the loop names its models, so that others belong to it."""
+    return re.search(r"model\d+\.[^/\\]*$", path) is not None
+
+
 def describe_weights(path: str) -> str:
     """Which weights a file holds, by its name; warns of an average that is still young."""
     name = re.split(r"[/\\]", path)[-1]
@@ -228,7 +233,7 @@ def check_fit(model: nn.Module, state: Any, path: str) -> None:
     :raises ValueError: unless ``state`` has exactly the keys and shapes of the model.
     """
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"checkpoint '{path}' is no state dict of a model")
+        raise UserError(f"checkpoint '{path}' is no state dict of a model: {_contents(state)}")
     theirs = {key: tuple(value.shape) for key, value in state.items()}
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if theirs == ours:
@@ -241,11 +246,24 @@ def check_fit(model: nn.Module, state: Any, path: str) -> None:
     ]
     if different:
         raise UserError(f"checkpoint '{path}' does not fit the flags: {'; '.join(different)}")
+    if all(key.startswith("module.") for key in theirs):
+        raise UserError(
+            f"checkpoint '{path}' was saved from a wrapped model: remove 'module.' from its keys"
+        )
     wrong = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
     raise UserError(
         f"checkpoint '{path}' does not fit the model: {len(wrong)} keys are missing, unknown or of "
         f"another shape, such as {', '.join(wrong[:3])}"
     )
+
+
+def _contents(state: Any) -> str:
+    """What a file holds that is no state dict of a model."""
+    if not isinstance(state, Mapping):
+        return f"it holds a {type(state).__name__}"
+    if "param_groups" in state:
+        return "it is an optimiser's file; the weights are in model*.pt and ema_*.pt"
+    return f"it holds {', '.join(map(str, list(state)[:5]))}; save the state dict alone"
 
 
 def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

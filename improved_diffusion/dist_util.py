@@ -5,6 +5,7 @@ Nothing else in the package knows how the process group came to be.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import io
 import multiprocessing
@@ -76,6 +77,7 @@ def setup_dist() -> None:
         return
     if store is None:
         store = _meet_by_address(place)
+    atexit.register(_leave)
     dist.init_process_group(
         "nccl" if torch.cuda.is_available() else "gloo",
         store=store,
@@ -354,9 +356,15 @@ def run_main(main: Callable[[], None]) -> None:
     try:
         main()
     except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr, flush=True)
         _take_down(130)
     except Exception as error:
         _take_down(_report(error))
+    _leave()
+
+
+def _leave() -> None:
+    """Leave the process group; gloo's threads may abort a process that ends without."""
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -370,6 +378,8 @@ def _report(error: Exception) -> int:
             "out of GPU memory: lower --batch_size; in training, --microbatch N or "
             "--use_checkpoint True need less without changing the result"
         )
+    elif get_world_size() > 1 and re.search("Connection (closed|reset)", str(error)):
+        line = "another process of this run ended; what it printed says why"
     else:
         traceback.print_exception(error)
         return 1

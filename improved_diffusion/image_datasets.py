@@ -171,7 +171,7 @@ def read_image(path: str, resolution: ImageSize, channels: int = 3) -> np.ndarra
     :raises ValueError: naming the file, if it is no image.
     """
     import blobfile as bf
-    from PIL import Image
+    from PIL import Image, UnidentifiedImageError
 
     height, width = height_width(resolution)
     try:
@@ -179,7 +179,9 @@ def read_image(path: str, resolution: ImageSize, channels: int = 3) -> np.ndarra
             image: Image.Image = Image.open(file)
             image.load()
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if isinstance(error, UnidentifiedImageError):
+            reason = "no format that Pillow knows"
         raise UserError(f"'{path}' cannot be read as an image: {reason}") from None
     if image.mode.startswith(("I", "F")):
         _warn_of_depth(image.mode)

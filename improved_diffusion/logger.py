@@ -351,7 +351,7 @@ def configure(
 def default_dir() -> str:
     """$OPENAI_LOGDIR, or ``runs/SCRIPT-DATE`` below the working directory."""
     script = os.path.splitext(os.path.basename(sys.argv[0] or "python"))[0] or "python"
-    date = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S")
+    date = datetime.datetime.now().strftime("%Y-%m-%d-%H-%M-%S-%f")
     return os.environ.get("OPENAI_LOGDIR") or os.path.join("runs", f"{script}-{date}")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -28,6 +29,8 @@ from .script_util import (
     SuperResOptions,
 )
 from .train_util import Batch, Cond, TrainLoop, TrainOptions, get_blob_logdir
+
+log = logging.getLogger(__name__)
 
 Flags = dict[str, Any]
 
@@ -67,6 +70,8 @@ def set_up(flags: Flags) -> str:
     :return: the absolute path of the folder, alike on every process; it may not exist yet.
     """
     run = pick(RunOptions, flags)
+    if os.path.isfile(run.log_dir):
+        raise UserError(f"--log_dir {run.log_dir} is a file: name a folder, which may be new")
     dist_util.setup_dist()
     folder = os.path.abspath(os.path.expanduser(run.log_dir or logger.default_dir()))
     return dist_util.broadcast_object(folder)
@@ -107,7 +112,13 @@ def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
     :raises ValueError: naming both values, if a given flag contradicts what training settled.
     """
     stored = checkpoint.load_config(folder)
-    known = {field.name for cls in _OPTIONS for field in dataclasses.fields(cls)}
+    if not stored:
+        log.warning(
+            f"no {checkpoint.CONFIG} beside the checkpoint: its flags are those given and the "
+            f"defaults, such as --noise_schedule {flags['noise_schedule']} --diffusion_steps "
+            f"{flags['diffusion_steps']}"
+        )
+    known = {field.name for cls in _OPTIONS for field in dataclasses.fields(cls)} | {"labels_from"}
     merged = checkpoint.merge_flags(
         flags, given, stored, FIXED_BY_TRAINING, known & flags.keys(), folder
     )
@@ -133,12 +144,17 @@ def prepare_training(
     train, source = pick(TrainOptions, flags), pick(DataOptions, flags)
     flags = {**flags, "log_dir": set_up(flags)}
     folder = os.environ.get("DIFFUSION_BLOB_LOGDIR") or flags["log_dir"]
-    continued = train.resume_checkpoint or checkpoint.find_newest_model(folder)
+    own = checkpoint.find_newest_model(folder)
+    continued = train.resume_checkpoint or own
     step = 0
     if continued:
         flags = inherit(flags, given, os.path.dirname(continued))
         flags["resume_checkpoint"] = continued
-        step = checkpoint.parse_resume_step_from_filename(continued) + 1
+        if checkpoint.is_model_name(continued):
+            step = checkpoint.parse_resume_step_from_filename(continued) + 1
+    if own:  # the flags stored there must go on fitting what lies there
+        inherit(flags, set(flags), folder)
+    source = pick(DataOptions, flags)
     images = list_images(source.data_dir, flags["class_cond"], source.labels_from)
     flags = _with_classes(flags, images)
     data = load_data(
@@ -179,6 +195,24 @@ def _with_classes(flags: Flags, images: ImageList) -> Flags:
     return {**flags, "num_classes": wanted, "class_names": found}
 
 
+def relabel(images: ImageList, class_names: Sequence[str]) -> ImageList:
+    """Labels by the class names of a checkpoint, of which the data may lack some.
+
+    :raises ValueError: if the data has a class that the checkpoint does not know.
+    """
+    if images.classes is None or not class_names:
+        return images
+    unknown = sorted(set(images.class_names) - set(class_names))
+    if unknown:
+        raise UserError(
+            f"the data has classes that the checkpoint was not trained on: {', '.join(unknown[:5])}"
+            f" (--labels_from, and the names of files or folders, make the classes)"
+        )
+    names = list(class_names)
+    classes = [names.index(images.class_names[label]) for label in images.classes]
+    return ImageList(images.paths, classes, tuple(names))
+
+
 def check_class_names(flags: Flags, images: ImageList) -> None:
     """Check that labels made from the data mean to the checkpoint what they mean in the data.
 
@@ -206,9 +240,8 @@ def train(
 ) -> None:
     """Open the run folder and train in it."""
     options = pick(TrainOptions, flags)
-    new_folder = dist_util.on_first_rank(lambda: not os.path.isdir(flags["log_dir"]))
-    if options.resume_checkpoint and new_folder:
-        checkpoint.load_model(model, options.resume_checkpoint)  # fails before a folder is made
+    if options.resume_checkpoint:  # fails before anything is written
+        checkpoint.load_model(model, options.resume_checkpoint)
     open_folder(flags["log_dir"], flags, checkpoint.CONFIG)
     parameters = sum(param.numel() for param in model.parameters())
     world = dist_util.get_world_size()
@@ -231,7 +264,11 @@ def train(
         options.schedule_sampler, diffusion
     )
     model.to(dist_util.dev())
-    TrainLoop(model=model, diffusion=diffusion, data=data, **arguments).run_loop()
+    try:
+        TrainLoop(model=model, diffusion=diffusion, data=data, **arguments).run_loop()
+    except KeyboardInterrupt:
+        logger.log(f"interrupted; checkpoints are in {get_blob_logdir()}")
+        raise
     logger.log(f"training complete; checkpoints are in {get_blob_logdir()}")
 
 
@@ -248,6 +285,11 @@ def prepare_from_checkpoint(flags: Flags, given: set[str]) -> Flags:
 
 
 def load_for_evaluation(model: nn.Module, path: str) -> nn.Module:
-    """The model with a checkpoint's weights, on its device, in evaluation mode."""
+    """The model with a checkpoint's weights, on its device, in evaluation mode.
+
+    :raises ValueError: if the checkpoint does not fit, or its weights are not finite.
+    """
     checkpoint.load_model(model, path)
+    if not all(param.isfinite().all() for param in model.parameters()):
+        raise UserError(f"checkpoint '{path}' holds non-finite weights: its training diverged")
     return model.to(dist_util.dev()).eval()

@@ -74,13 +74,15 @@ def parse_classes(text: str, num_classes: int | None, class_names: Sequence[str]
     if text == "all":
         return list(range(num_classes))
     classes = []
-    for part in (part.strip() for part in text.split(",")):
+    for part in [part.strip() for part in text.split(",")]:
         index = int(part) if part.isdecimal() else -1
         if part in class_names:  # a name wins over a number: classes may be named by numbers
             index = list(class_names).index(part)
         if not 0 <= index < num_classes:
             names = f" or {', '.join(class_names[:5])}, ..." if class_names else ""
-            raise UserError(f"--classes {part}: choose among 0 ... {num_classes - 1}{names}")
+            raise UserError(
+                f"--classes {part or text}: choose among 0 ... {num_classes - 1}{names}"
+            )
         classes.append(index)
     return classes
 

@@ -183,7 +183,9 @@ class TrainLoop:
 
     def _load_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
+            path = None
+            if checkpoint.is_model_name(self.resume_checkpoint):
+                path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
             if path is None:
                 logger.log(f"resume: EMA {rate} cold, no file: starts at the model's weights")
                 continue
@@ -194,7 +196,9 @@ class TrainLoop:
 
     def _load_optimizer(self) -> None:
         name = checkpoint.opt_name(self.resume_step)
-        path = checkpoint.find_beside(self.resume_checkpoint, name)
+        path = None
+        if checkpoint.is_model_name(self.resume_checkpoint):
+            path = checkpoint.find_beside(self.resume_checkpoint, name)
         if path is None:
             logger.log(f"resume: optimiser cold, no file {name}: starts without momentum")
             return

@@ -40,7 +40,8 @@ def main() -> None:
     flags, given = runs.parse(create_argparser())
     options, source = pick(NLLOptions, flags), pick(DataOptions, flags)
     flags = runs.prepare_from_checkpoint(flags, given)
-    images = list_images(source.data_dir, flags["class_cond"], source.labels_from)
+    images = list_images(source.data_dir, flags["class_cond"], flags["labels_from"])
+    images = runs.relabel(images, flags["class_names"])
     runs.check_class_names(flags, images)
     model, diffusion = create_model_and_diffusion(
         **args_to_dict(flags, model_and_diffusion_defaults())

@@ -36,7 +36,9 @@ class BaseOptions:
         "", "images to upsample, in turn: an npz of image_sample.py, a folder, or one picture"
     )
     num_samples: int = option(
-        10000, "how many images to make; if not given, one for each of a folder or picture"
+        10000,
+        "how many images to make, going through the given ones again and again; if not given, one "
+        "for each of a folder or picture",
     )
 
     def __post_init__(self) -> None:

@@ -554,7 +554,7 @@ def test_default_folder_is_named_after_script_and_date(tmp_path, monkeypatch, ar
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [argv0, "--lr", "1"])
     logger.configure(format_strs=["log"])
-    name = rf"{script or 'python'}-\d{{4}}(-\d\d){{5}}"
+    name = rf"{script or 'python'}-\d{{4}}(-\d\d){{5}}-\d{{6}}"
     folder = os.path.relpath(logger.get_dir(), tmp_path)
     assert re.fullmatch(rf"runs/{name}", folder.replace(os.sep, "/"))
     assert os.listdir(logger.get_dir()) == ["log.txt"]

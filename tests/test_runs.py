@@ -232,3 +232,21 @@ def test_given_checkpoint_comes_before_the_folders_own(prepare, tmp_path):
     assert flags["resume_checkpoint"] == path
     assert flags["num_channels"] == 64
     assert asked["start"] == 8
+
+
+def test_labels_are_mapped_to_the_checkpoints_classes_by_name():
+    found = ImageList(["d_1.png", "b_1.png"], [1, 0], ("b", "d"))
+    mapped = runs.relabel(found, ["a", "b", "c", "d"])
+    assert mapped.classes == [3, 1]
+    assert mapped.class_names == ("a", "b", "c", "d")
+    with pytest.raises(UserError, match="not trained on: d"):
+        runs.relabel(found, ["a", "b"])
+    assert runs.relabel(ImageList(["x.png"]), ["a"]).classes is None
+
+
+def test_weights_that_are_not_finite_are_not_sampled(tmp_path):
+    model = torch.nn.Linear(2, 1)
+    state = {**model.state_dict(), "bias": torch.tensor([float("nan")])}
+    torch.save(state, tmp_path / "model000001.pt")
+    with pytest.raises(UserError, match=r"model000001.pt' holds non-finite weights"):
+        runs.load_for_evaluation(model, str(tmp_path / "model000001.pt"))

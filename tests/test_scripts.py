@@ -265,7 +265,7 @@ def test_run_folder_is_made_below_runs_by_default(alone):
     folder = run_folder(done)
     assert names(cwd) == ["runs"]
     assert folder.parent == cwd / "runs"
-    assert re.fullmatch(r"image_sample-\d{4}-\d\d-\d\d-\d\d-\d\d-\d\d", folder.name)
+    assert re.fullmatch(r"image_sample-\d{4}(-\d\d){5}-\d{6}", folder.name)
     files = ["grid.png", "image_sample.json", "log.txt", "samples_5x8x8x1.npz"]
     assert names(folder) == files
 

@@ -327,6 +327,17 @@ def test_resume_says_what_is_cold(run_dir, tmp_path):
         assert torch.equal(params[0], loop.model_params[0])
 
 
+@pytest.mark.parametrize("name", ["best.pt", "ema_0.9_000002.pt"])
+def test_files_of_step_zero_are_not_taken_for_those_of_another_name(run_dir, name):
+    make_loop(lr_anneal_steps=3).run_loop()  # leaves opt000000.pt and ema_0.9_000000.pt
+    torch.save(load(run_dir / "model000002.pt"), run_dir / name)
+    make_loop(resume_checkpoint=str(run_dir / name))
+    text = log_text(run_dir)
+    assert "optimiser cold" in text
+    assert "EMA 0.9 cold" in text
+    assert "optimiser restored" not in text
+
+
 def test_step_zero_is_resumed_in_full(run_dir):
     make_loop(lr_anneal_steps=1).run_loop()
     loop = make_loop(resume_checkpoint=str(run_dir / "model000000.pt"))
