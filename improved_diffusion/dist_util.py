@@ -170,7 +170,8 @@ def _load_tensors(data: bytes, path: str, kwargs: dict[str, Any]) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them
-            return torch.load(io.BytesIO(data), **{**kwargs, "weights_only": True})
+            kwargs = {name: value for name, value in kwargs.items() if name != "weights_only"}
+            return torch.load(io.BytesIO(data), weights_only=True, **kwargs)
     except pickle.UnpicklingError as error:
         if re.search("unsupported (global|class)", str(error), flags=re.IGNORECASE):
             raise UserError(
