@@ -159,19 +159,23 @@ class SuperResOptions(_SharedOptions):
     large_size: ImageSize = option(256, "size of the images made: 256, or HxW", read_image_size)
     small_size: ImageSize = option(64, "size of the images given: 64, or HxW", read_image_size)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        small, large = height_width(self.small_size), height_width(self.large_size)
-        if small[0] > large[0] or small[1] > large[1]:
-            raise UserError(
-                f"--small_size {size_text(small)} is larger than --large_size {size_text(large)}"
-            )
-
     def model(self) -> SuperResModel:
         """The network of these options; it upsamples images of any size that it is given."""
         network = self._network("large_size", SuperResModel)
         assert isinstance(network, SuperResModel)
         return network
+
+
+def check_sizes(small_size: ImageSize, large_size: ImageSize) -> None:
+    """Check the sizes of a super-resolution data set.
+
+    :raises ValueError: if the images to upsample are larger than those to make.
+    """
+    small, large = height_width(small_size), height_width(large_size)
+    if small[0] > large[0] or small[1] > large[1]:
+        raise UserError(
+            f"--small_size {size_text(small)} is larger than --large_size {size_text(large)}"
+        )
 
 
 # What training settles for good: sampling with another value cannot work

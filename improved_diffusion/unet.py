@@ -290,7 +290,7 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_res_blocks = num_res_blocks
-        self.attention_resolutions = attention_resolutions = set(attention_resolutions)
+        self.attention_resolutions = set(attention_resolutions)
         self.dropout = dropout
         self.channel_mult = channel_mult
         self.conv_resample = conv_resample
@@ -300,69 +300,92 @@ class UNetModel(nn.Module):
         self.num_heads = num_heads
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
 
-        emb_channels = model_channels * 4
+        self.use_scale_shift_norm = use_scale_shift_norm
+
+        # the order of these modules is that of the keys in the state dict
+        self.emb_channels = model_channels * 4
         self.time_embed = nn.Sequential(
-            linear(model_channels, emb_channels),
+            linear(model_channels, self.emb_channels),
             SiLU(),
-            linear(emb_channels, emb_channels),
+            linear(self.emb_channels, self.emb_channels),
         )
         if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, emb_channels)
-
-        def res_block(channels: int, width: int) -> ResBlock:
-            return ResBlock(
-                channels,
-                emb_channels,
-                dropout,
-                out_channels=width,
-                dims=dims,
-                use_checkpoint=use_checkpoint,
-                use_scale_shift_norm=use_scale_shift_norm,
-            )
-
-        def attention(channels: int, heads: int) -> AttentionBlock:
-            return AttentionBlock(channels, num_heads=heads, use_checkpoint=use_checkpoint)
-
+            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
         widths = [int(mult * model_channels) for mult in channel_mult]
-        ch = widths[0]
-        skip_channels = [ch]
-        self.input_blocks = nn.ModuleList(
-            [TimestepEmbedSequential(conv_nd(dims, in_channels, ch, 3, padding=1))]
-        )
-        for level, width in enumerate(widths):
-            for _ in range(num_res_blocks):
-                layers: list[nn.Module] = [res_block(ch, width)]
-                ch = width
-                if 2**level in attention_resolutions:
-                    layers.append(attention(ch, self.num_heads))
-                self.input_blocks.append(TimestepEmbedSequential(*layers))
-                skip_channels.append(ch)
-            if level < len(widths) - 1:
-                down = Downsample(ch, conv_resample, dims=dims)
-                self.input_blocks.append(TimestepEmbedSequential(down))
-                skip_channels.append(ch)
-
+        self.input_blocks, skip_channels = self._make_input_blocks(widths)
         self.middle_block = TimestepEmbedSequential(
-            res_block(ch, ch), attention(ch, self.num_heads), res_block(ch, ch)
+            self._res_block(widths[-1], widths[-1]),
+            self._attention(widths[-1], "num_heads"),
+            self._res_block(widths[-1], widths[-1]),
         )
-
-        self.output_blocks = nn.ModuleList()
-        for level, width in reversed(list(enumerate(widths))):
-            for i in range(num_res_blocks + 1):
-                layers = [res_block(ch + skip_channels.pop(), width)]
-                ch = width
-                if 2**level in attention_resolutions:
-                    _check_heads("num_heads_upsample", self.num_heads_upsample, ch)
-                    layers.append(attention(ch, self.num_heads_upsample))
-                if level > 0 and i == num_res_blocks:
-                    layers.append(Upsample(ch, conv_resample, dims=dims))
-                self.output_blocks.append(TimestepEmbedSequential(*layers))
-
+        self.output_blocks = self._make_output_blocks(widths, skip_channels)
         self.out = nn.Sequential(
-            normalization(ch),
+            normalization(widths[0]),
             SiLU(),
-            zero_module(conv_nd(dims, ch, out_channels, 3, padding=1)),
+            zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1)),
         )
+
+    def _make_input_blocks(self, widths: Sequence[int]) -> tuple[nn.ModuleList, list[int]]:
+        """The way down.
+
+        :param widths: channels of each level.
+        :return: the blocks, and the channels that each puts out, in order.
+        """
+        ch = widths[0]
+        outputs = [ch]
+        first = conv_nd(self.dims, self.in_channels, ch, 3, padding=1)
+        blocks = nn.ModuleList([TimestepEmbedSequential(first)])
+        for level, width in enumerate(widths):
+            for _ in range(self.num_res_blocks):
+                layers: list[nn.Module] = [self._res_block(ch, width)]
+                ch = width
+                if 2**level in self.attention_resolutions:
+                    layers.append(self._attention(ch, "num_heads"))
+                blocks.append(TimestepEmbedSequential(*layers))
+                outputs.append(ch)
+            if level < len(widths) - 1:
+                down = Downsample(ch, self.conv_resample, dims=self.dims)
+                blocks.append(TimestepEmbedSequential(down))
+                outputs.append(ch)
+        return blocks, outputs
+
+    def _make_output_blocks(
+        self, widths: Sequence[int], skip_channels: Sequence[int]
+    ) -> nn.ModuleList:
+        """The way up.
+
+        :param widths: channels of each level.
+        :param skip_channels: channels of the input blocks' outputs, used from the last on.
+        """
+        ch, skips = widths[-1], list(skip_channels)
+        blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(widths))):
+            for i in range(self.num_res_blocks + 1):
+                layers: list[nn.Module] = [self._res_block(ch + skips.pop(), width)]
+                ch = width
+                if 2**level in self.attention_resolutions:
+                    layers.append(self._attention(ch, "num_heads_upsample"))
+                if level > 0 and i == self.num_res_blocks:
+                    layers.append(Upsample(ch, self.conv_resample, dims=self.dims))
+                blocks.append(TimestepEmbedSequential(*layers))
+        return blocks
+
+    def _res_block(self, channels: int, width: int) -> ResBlock:
+        return ResBlock(
+            channels,
+            self.emb_channels,
+            self.dropout,
+            out_channels=width,
+            dims=self.dims,
+            use_checkpoint=self.use_checkpoint,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+        )
+
+    def _attention(self, channels: int, heads_flag: str) -> AttentionBlock:
+        """Attention with the heads that the argument ``heads_flag`` of the constructor sets."""
+        num_heads = getattr(self, heads_flag)
+        _check_heads(heads_flag, num_heads, channels)
+        return AttentionBlock(channels, num_heads=num_heads, use_checkpoint=self.use_checkpoint)
 
     def convert_to_fp16(self) -> None:
         """Convert the convolutions of the U-Net's trunk to float16."""

@@ -11,6 +11,7 @@ from improved_diffusion.image_datasets import DataOptions
 from improved_diffusion.script_util import (
     SuperResOptions,
     args_to_dict,
+    check_sizes,
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
@@ -19,6 +20,7 @@ from improved_diffusion.train_util import Batch, Cond, TrainOptions
 
 def main() -> None:
     flags, given = runs.parse(create_argparser())
+    check_sizes(flags["small_size"], flags["large_size"])
     flags, data = runs.prepare_training(flags, given, size_flag="large_size")
     model, diffusion = sr_create_model_and_diffusion(
         **args_to_dict(flags, sr_model_and_diffusion_defaults())
