@@ -384,7 +384,8 @@ def _report(error: Exception) -> int:
     else:
         traceback.print_exception(error)
         return 1
-    print(f"error: {line}", file=sys.stderr, flush=True)
+    sys.stderr.write(f"error: {line}\n")  # in one go: other ranks write to the same terminal
+    sys.stderr.flush()
     return 2
 
 
