@@ -71,7 +71,7 @@ def test_training_runs_and_continues_on_two_processes(tmp_path, digits_dir, laun
 def test_a_mistake_is_told_by_every_rank_in_one_line(tmp_path, launcher):
     done = launch(launcher, "image_train", TINY, cwd=tmp_path, data_dir="nowhere", log_dir="run")
     assert done.returncode == (2 if launcher == "mpiexec" else 1)  # torchrun's own code is 1
-    assert done.stderr.count("error: --data_dir 'nowhere' is no folder\n") == 2
+    assert done.stderr.count("error: --data_dir 'nowhere' is no folder") == 2
     assert "Traceback" not in done.stderr.split("error: --data_dir")[0]
     assert not (tmp_path / "run").exists()
     if launcher == "torchrun":
