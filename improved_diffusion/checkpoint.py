@@ -192,20 +192,23 @@ def merge_flags(
     :param fixed: names that training has settled: a given one must agree.
     :param inherited: names to take from the checkpoint where they are not given.
     :param where: the folder of the checkpoint, for the error.
-    :raises ValueError: naming flag, value and the checkpoint's value, for one that contradicts.
+    :raises ValueError: naming flags, values and the checkpoint's values, for those that contradict.
     """
     merged = dict(flags)
-    for name in inherited:
-        if name not in stored:
-            continue
-        theirs = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
+    ours, theirs = [], []
+    for name in sorted(stored.keys() & set(inherited)):
+        value = tuple(stored[name]) if isinstance(stored[name], list) else stored[name]
         if name not in given:
-            merged[name] = theirs
-        elif name in fixed and merged[name] != theirs:
-            raise UserError(
-                f"--{name} {_flag_text(merged[name])} contradicts the checkpoint, which was "
-                f"trained with --{name} {_flag_text(theirs)} ({where}/{CONFIG}): leave the flag out"
-            )
+            merged[name] = value
+        elif name in fixed and merged[name] != value:
+            ours.append(f"--{name} {_flag_text(merged[name])}")
+            theirs.append(f"--{name} {_flag_text(value)}")
+    if ours:
+        verb, flag = ("contradicts", "flag") if len(ours) == 1 else ("contradict", "flags")
+        raise UserError(
+            f"{' '.join(ours)} {verb} the checkpoint, which was trained with {' '.join(theirs)} "
+            f"({where}/{CONFIG}): leave the {flag} out"
+        )
     return merged
 
 

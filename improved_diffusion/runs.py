@@ -118,6 +118,8 @@ def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
             f"defaults, such as --noise_schedule {flags['noise_schedule']} --diffusion_steps "
             f"{flags['diffusion_steps']}"
         )
+    if not flags.get("num_classes"):
+        given = given - {"num_classes"}  # 0: to be counted
     known = {field.name for cls in _OPTIONS for field in dataclasses.fields(cls)} | {"labels_from"}
     merged = checkpoint.merge_flags(
         flags, given, stored, FIXED_BY_TRAINING, known & flags.keys(), folder
