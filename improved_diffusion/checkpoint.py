@@ -1,27 +1,36 @@
 """What a run writes, when a write counts, and how a checkpoint is found with its flags.
 
 A run folder holds ``config.json`` (the flags), and for each saved step N ``modelNNNNNN.pt``,
-``ema_RATE_NNNNNN.pt`` for every EMA rate, and ``optNNNNNN.pt``.
+``ema_RATE_NNNNNN.pt`` for every EMA rate, ``optNNNNNN.pt``, ``stateNNNNNN.pt`` (what else a run
+needs to go on) and, written last, ``checkpointNNNNNN.json``: the manifest with the sizes and
+checksums of the others. The checkpoint exists when its manifest does.
+
+Folders of the original improved-diffusion, and of release 0.1.0, have no state files and no
+manifests: there the model file, written last, stands for the checkpoint.
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
+import logging
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
-from typing import IO, Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import IO, Any
 
 import torch
-from torch import Tensor, nn
 
 from . import dist_util
 from .errors import UserError
 from .flags import size_text
 
+log = logging.getLogger(__name__)
+
 CONFIG = "config.json"
 YOUNG_EMA = 0.05  # share of the initial weights in an average from which on to warn
+SET_ASIDE = ".set_aside"  # ends the name of a manifest that counts no more
 
 
 # -- names ------------------------------------------------------------------------------------
@@ -42,6 +51,35 @@ def opt_name(step: int) -> str:
     return f"opt{step:06d}.pt"
 
 
+def state_name(step: int) -> str:
+    """File of what else a run needs to go on: counters, loss scale, sampler, pending log."""
+    return f"state{step:06d}.pt"
+
+
+def manifest_name(step: int) -> str:
+    """File that makes a checkpoint exist: names, sizes and checksums of the others."""
+    return f"checkpoint{step:06d}.json"
+
+
+def posthoc_name(sigma_rel: float, step: int) -> str:
+    """File of a power-function average of the weights; see :mod:`.posthoc_ema`."""
+    return f"posthoc_{sigma_rel}_{step:06d}.pt"
+
+
+_MODEL, _STATE, _MANIFEST = r"model(\d+)\.pt", r"state(\d+)\.pt", r"checkpoint(\d+)\.json"
+_OF_A_STEP = rf"{_MODEL}|{_STATE}|{_MANIFEST}|opt(\d+)\.pt|ema_[\d.e-]+_(\d+)\.pt"
+
+
+def step_of(path: str) -> int | None:
+    """The step in the name of any file of a checkpoint; None for other names."""
+    match = re.fullmatch(_OF_A_STEP, _basename(path))
+    return next(int(group) for group in match.groups() if group) if match else None
+
+
+def _basename(path: str) -> str:
+    return re.split(r"[/\\]", path)[-1]
+
+
 def parse_resume_step_from_filename(filename: str) -> int:
     """The step in a name like ``path/to/modelNNNNNN.pt``; 0 for other names."""
     match = re.search(r"model(\d+)(?:\.[^/]*)?$", filename)
@@ -53,19 +91,25 @@ def is_model_name(path: str) -> bool:
     return re.search(r"model\d+\.[^/\\]*$", path) is not None
 
 
-def describe_weights(path: str) -> str:
-    """Which weights a file holds, by its name; warns of an average that is still young."""
-    name = re.split(r"[/\\]", path)[-1]
-    average = re.fullmatch(r"ema_([\d.]+)_(\d+)\.pt", name)
+def describe_weights(path: str, warmed_up: bool = False) -> str:
+    """Which weights a file holds, by its name; warns of an average that is still young.
+
+    :param warmed_up: the average was kept with --ema_warmup, so that it is never young.
+    """
+    name = _basename(path)
+    average = re.fullmatch(r"ema_([\d.e-]+)_(\d+)\.pt", name)
     if not average:
         raw = name.startswith("model")
         return "weights as trained; ema_*.pt files usually sample better" if raw else "weights"
     rate, step = float(average.group(1)), int(average.group(2))
     left = rate**step
     text = f"weights averaged at rate {rate:g}"
-    if left > YOUNG_EMA:
+    if left > YOUNG_EMA and not warmed_up:
         text += f"; WARNING: {left:.0%} of them is still the initial noise: try a lower EMA rate"
     return text
+
+
+# -- finding ----------------------------------------------------------------------------------
 
 
 def find_beside(main_checkpoint: str, name: str) -> str | None:
@@ -80,19 +124,104 @@ def find_beside(main_checkpoint: str, name: str) -> str | None:
 
 
 def find_newest_model(folder: str) -> str | None:
-    """The model file of the highest step in a run folder, or None; the first process looks.
+    """The model file of the newest whole checkpoint in a run folder, or None if there is none.
 
-    The model is the last file of a save to be written: where it is, the others are.
+    The first process looks, for all. Files are compared with their checksums; a damaged
+    checkpoint is passed over, with a warning, for the one before.
+
+    :raises ValueError: on every process, if there are checkpoints but all are damaged.
     """
+    return dist_util.on_first_rank(lambda: _newest_model(folder))
+
+
+def locate(path: str) -> str:
+    """The model file of the checkpoint that a user named.
+
+    The first process looks, for all.
+
+    :param path: any file of a checkpoint, a folder of checkpoints, or a lone file of weights.
+    :raises ValueError: on every process, if there is no such checkpoint, or it is not whole.
+    """
+    return dist_util.on_first_rank(lambda: _locate(path))
+
+
+def find_posthoc(folder: str) -> list[str]:
+    """The paths of the power-function averages in a run folder, sorted by name."""
     import blobfile as bf
 
-    def find() -> str | None:
-        names = bf.listdir(folder) if bf.isdir(folder) else []
-        models = [name for name in names if re.fullmatch(r"model\d{6,}\.pt", name)]
-        newest = max(models, key=parse_resume_step_from_filename, default=None)
-        return None if newest is None else bf.join(folder, newest)
+    return [
+        bf.join(folder, name)
+        for name in _names(folder)
+        if re.fullmatch(r"posthoc_[\d.e-]+_\d+\.pt", name)
+    ]
 
-    return dist_util.on_first_rank(find)
+
+def _names(folder: str) -> list[str]:
+    import blobfile as bf
+
+    return sorted(bf.listdir(folder)) if bf.isdir(folder) else []
+
+
+def _steps(names: Collection[str], pattern: str) -> set[int]:
+    """The steps of the files whose whole name matches a pattern."""
+    matches = (re.fullmatch(pattern, name) for name in names)
+    return {int(match.group(1)) for match in matches if match}
+
+
+def _newest_model(folder: str) -> str | None:
+    import blobfile as bf
+
+    names = _names(folder)
+    problems: list[str] = []
+    for step in sorted(_steps(names, _MANIFEST), reverse=True):
+        problem = _problem(folder, step)
+        if not problem:
+            if problems:
+                log.warning(f"going back to the checkpoint of step {step} in {folder}")
+            return bf.join(folder, model_name(step))
+        problems.append(problem)
+        log.warning(f"the checkpoint of step {step} is passed over: {problem}")
+    if problems:
+        raise UserError(
+            f"'{folder}' holds no whole checkpoint: {problems[0]}; move its files away to start "
+            "anew, or name another --log_dir"
+        )
+    # A state file without a manifest tells of a save that was cut off, not of a foreign folder
+    foreign = _steps(names, _MODEL) - _steps(names, _STATE)
+    return bf.join(folder, model_name(max(foreign))) if foreign else None
+
+
+def _locate(path: str) -> str:
+    import blobfile as bf
+
+    if bf.isdir(path):
+        newest = _newest_model(path)
+        if newest is None:
+            raise UserError(f"--resume_checkpoint '{path}': the folder holds no checkpoint")
+        return newest
+    if not bf.exists(path):
+        raise UserError(f"--resume_checkpoint '{path}' does not exist or is no file")
+    step = step_of(path)
+    if step is None:
+        return path
+    folder = bf.dirname(path)
+    names = set(_names(folder or "."))
+    model = bf.join(folder, model_name(step))
+    if manifest_name(step) in names:
+        problem = _problem(folder, step)
+        if problem:
+            raise UserError(f"--resume_checkpoint '{path}': the checkpoint is damaged: {problem}")
+        return model
+    if state_name(step) in names:
+        raise UserError(
+            f"--resume_checkpoint '{path}': the checkpoint is incomplete: its manifest "
+            f"{manifest_name(step)} is missing, as after a save that was cut off"
+        )
+    if model_name(step) in names:
+        return model
+    if _basename(path).startswith("ema_"):
+        return path  # weights like any others, without the rest of their checkpoint
+    raise UserError(f"--resume_checkpoint '{path}': {model_name(step)} is missing beside it")
 
 
 # -- writing ----------------------------------------------------------------------------------
@@ -135,10 +264,132 @@ def write_file(path: str, data: bytes) -> None:
         file.write(data)
 
 
-def write_tensors(path: str, value: Any) -> None:
-    """``torch.save`` into a file that is there whole or not at all; see :func:`open_whole`."""
+class _Digest:
+    """A file that counts and hashes what is written to it."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.size = 0
+        self.hash = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.hash.update(data)
+        self.size += memoryview(data).nbytes
+        return self.file.write(data)
+
+    def flush(self) -> None:
+        self.file.flush()
+
+    def entry(self) -> dict[str, Any]:
+        return {"bytes": self.size, "sha256": self.hash.hexdigest()}
+
+
+def write_tensors(path: str, value: Any) -> dict[str, Any]:
+    """``torch.save`` into a file that is there whole or not at all; see :func:`open_whole`.
+
+    :return: {"bytes": its size, "sha256": its checksum}, as a manifest holds them.
+    """
     with open_whole(path) as file:
-        torch.save(value, file)
+        digest = _Digest(file)
+        torch.save(value, digest)  # type: ignore[arg-type]  # a file that is only written to
+    return digest.entry()
+
+
+def write_checkpoint(folder: str, step: int, files: Mapping[str, Any]) -> None:
+    """Write the files of a checkpoint, then the manifest that makes it count.
+
+    :param files: name -> what :func:`torch.save` is to write, in this order.
+    """
+    import blobfile as bf
+
+    discard(folder, step)
+    entries = {name: write_tensors(bf.join(folder, name), files[name]) for name in files}
+    manifest = json.dumps({"step": step, "files": entries}, indent=1) + "\n"
+    write_file(bf.join(folder, manifest_name(step)), manifest.encode())
+
+
+def discard(folder: str, step: int, suffix: str = "") -> None:
+    """Make a checkpoint count no more, before its files are overwritten or removed.
+
+    :param suffix: if given, keep the manifest under a name that ends so.
+    """
+    import blobfile as bf
+
+    path = bf.join(folder, manifest_name(step))
+    if not bf.exists(path):
+        return
+    if suffix:
+        with bf.BlobFile(path, "rb") as file:
+            write_file(path + suffix, file.read())
+    bf.remove(path)
+
+
+def set_aside_newer(folder: str, step: int) -> list[int]:
+    """Let the checkpoints after a step count no more, as a run goes back to that step.
+
+    Their files stay until the run comes to their steps again.
+
+    :return: the steps of those checkpoints.
+    """
+    newer = sorted(s for s in _steps(_names(folder), _MANIFEST) if s > step)
+    for later in newer:
+        discard(folder, later, SET_ASIDE)
+    return newer
+
+
+def remove_partial_files(folder: str) -> None:
+    """Remove what a crash in the middle of a write left behind; no file of a checkpoint."""
+    if os.path.isdir(folder):
+        for name in os.listdir(folder):
+            if name.endswith(".tmp") and step_of(name[: -len(".tmp")]) is not None:
+                os.unlink(os.path.join(folder, name))
+
+
+def prune(folder: str, keep: Callable[[list[int]], Collection[int]]) -> None:
+    """Remove old checkpoints; power-function averages stay.
+
+    What a cut-off save left behind goes too. Files without a state file beside them, as the
+    original improved-diffusion writes them, stay.
+
+    :param keep: from the sorted steps of all checkpoints to those that stay.
+    """
+    import blobfile as bf
+
+    names = _names(folder)
+    whole = sorted(_steps(names, _MANIFEST))
+    ours = {step for step in _steps(names, _STATE) if step <= max(whole, default=-1)}
+    for step in ours - set(keep(whole)):
+        discard(folder, step)
+        doomed = [name for name in names if step_of(name) == step and name.endswith(".pt")]
+        # the state file last: as long as it is there, the others are known to be leftovers
+        for name in sorted(doomed, key=lambda name: name == state_name(step)):
+            bf.remove(bf.join(folder, name))
+
+
+def _problem(folder: str, step: int) -> str:
+    """What is wrong with a checkpoint by its manifest; empty if nothing."""
+    import blobfile as bf
+
+    try:
+        with bf.BlobFile(bf.join(folder, manifest_name(step)), "rb") as file:
+            entries = json.loads(file.read())["files"]
+        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{manifest_name(step)} is damaged"
+    for name, (size, checksum) in expected.items():
+        path = bf.join(folder, name)
+        if not bf.exists(path):
+            return f"{name} is missing"
+        found = bf.stat(path).size
+        if found != size:
+            return f"{name} has {found:,} bytes instead of {size:,}"
+        with bf.BlobFile(path, "rb") as file:
+            hash = hashlib.sha256()
+            while block := file.read(2**24):
+                hash.update(block)
+        if hash.hexdigest() != checksum:
+            return f"{name} is damaged (its checksum is wrong)"
+    return ""
 
 
 # -- flags beside checkpoints -----------------------------------------------------------------
@@ -214,112 +465,3 @@ def merge_flags(
 
 def _flag_text(value: Any) -> str:
     return size_text(value) if isinstance(value, tuple) else str(value)
-
-
-# -- loading a model --------------------------------------------------------------------------
-
-
-def load_model(model: nn.Module, path: str) -> None:
-    """Load a checkpoint into a model, on every process.
-
-    :raises ValueError: naming the flags or the keys that differ, if it does not fit; see also
-        :func:`.dist_util.load_state_dict`.
-    """
-    state = dist_util.load_state_dict(path, map_location="cpu")
-    check_fit(model, state, path)
-    model.load_state_dict(state)
-
-
-def check_fit(model: nn.Module, state: Any, path: str) -> None:
-    """Check that a checkpoint belongs to a model.
-
-    :raises ValueError: unless ``state`` has exactly the keys and shapes of the model.
-    """
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise UserError(f"checkpoint '{path}' is no state dict of a model: {_contents(state)}")
-    theirs = {key: tuple(value.shape) for key, value in state.items()}
-    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    if theirs == ours:
-        return
-    here, there = describe_network(ours), describe_network(theirs)
-    different = [
-        f"{name} {here[name]} here, {there[name]} in the checkpoint"
-        for name in here
-        if name in there and here[name] != there[name]
-    ]
-    if different:
-        raise UserError(f"checkpoint '{path}' does not fit the flags: {'; '.join(different)}")
-    if all(key.startswith("module.") for key in theirs):
-        raise UserError(
-            f"checkpoint '{path}' was saved from a wrapped model: remove 'module.' from its keys"
-        )
-    wrong = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
-    raise UserError(
-        f"checkpoint '{path}' does not fit the model: {len(wrong)} keys are missing, unknown or of "
-        f"another shape, such as {', '.join(wrong[:3])}"
-    )
-
-
-def _contents(state: Any) -> str:
-    """What a file holds that is no state dict of a model."""
-    if not isinstance(state, Mapping):
-        return f"it holds a {type(state).__name__}"
-    if "param_groups" in state:
-        return "it is an optimiser's file; the weights are in model*.pt and ema_*.pt"
-    return f"it holds {', '.join(map(str, list(state)[:5]))}; save the state dict alone"
-
-
-def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the keys and shapes of a U-Net's state dict tell; {} for another network.
-
-    :return: the flag, or what it decides -> value.
-    """
-    try:
-        num_channels = shapes["time_embed.0.weight"][1]
-        inputs = shapes["input_blocks.0.0.weight"][1]
-        outputs = shapes["out.2.bias"][0]
-        embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
-        first_width = shapes["input_blocks.1.0.in_layers.2.bias"][0]
-        blocks = _input_blocks(shapes)
-        levels = 1 + max(block.level for block in blocks)
-        widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
-    except (KeyError, IndexError, StopIteration):
-        return {}
-    about = {
-        "--num_channels": num_channels,
-        "--channel_mult": ",".join(f"{width / num_channels:g}" for width in widths),
-        "--num_res_blocks": len(blocks) // levels,
-        "levels of attention (--attention_resolutions)": sorted(
-            {block.level for block in blocks if block.attends}
-        ),
-        "--use_scale_shift_norm": embedding == 2 * first_width,
-        "--class_cond": "label_emb.weight" in shapes,
-        "input channels (--channels, doubled by super-resolution)": inputs,
-        "output channels (--channels, doubled by --learn_sigma)": outputs,
-    }
-    if about["--class_cond"]:
-        about["--num_classes"] = shapes["label_emb.weight"][0]
-    return about
-
-
-class _ResBlockShape(NamedTuple):
-    level: int
-    width: int
-    attends: bool
-
-
-def _input_blocks(shapes: Mapping[str, tuple[int, ...]]) -> list[_ResBlockShape]:
-    """The residual blocks on the way down; a block that is none of them halves the size.
-
-    Downsampling by pooling has no weights, and so no keys.
-    """
-    indices = {int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks.")}
-    blocks, level = [], 0
-    for i in range(1, max(indices) + 1):
-        width = shapes.get(f"input_blocks.{i}.0.in_layers.2.bias")
-        if width is None:
-            level += 1
-        else:
-            attends = f"input_blocks.{i}.1.qkv.weight" in shapes
-            blocks.append(_ResBlockShape(level, width[0], attends))
-    return blocks

@@ -6,6 +6,7 @@ Nothing else in the package knows how the process group came to be.
 from __future__ import annotations
 
 import atexit
+import collections
 import contextlib
 import io
 import multiprocessing
@@ -25,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .errors import UserError
+from .errors import Stop, UserError
 from .solo_group import init_solo_process_group
 
 GPUS_PER_NODE = 8  # where a launcher does not tell the local rank
@@ -79,7 +80,8 @@ def setup_dist() -> None:
         store = _meet_by_address(place)
     atexit.register(_leave)
     dist.init_process_group(
-        "nccl" if torch.cuda.is_available() else "gloo",
+        # small agreements of the hosts do not wait for the GPUs
+        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
         store=store,
         rank=place.rank,
         world_size=place.world_size,
@@ -116,6 +118,36 @@ def broadcast_object(value: Any) -> Any:
     box = [value]
     dist.broadcast_object_list(box, src=0, device=dev())
     return box[0]
+
+
+def any_rank(*conditions: bool) -> list[bool]:
+    """For each condition, whether it holds on any process."""
+    if get_world_size() == 1:
+        return list(conditions)
+    votes = torch.tensor(conditions, dtype=torch.uint8)
+    dist.all_reduce(votes, dist.ReduceOp.MAX)
+    return [bool(vote) for vote in votes.tolist()]
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """The small picklable ``value`` of every process, in the order of their ranks, on all."""
+    if get_world_size() == 1:
+        return [value]
+    values = [None] * get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def describe_processes() -> str:
+    """How many processes there are, on which devices of how many machines."""
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+    everyone = gather_objects((socket.gethostname(), name))
+    machines = len({host for host, _ in everyone})
+    devices = collections.Counter(device for _, device in everyone)
+    where = " and ".join(f"{n} x {d}" if n > 1 else d for d, n in devices.items())
+    plural = "es" if len(everyone) > 1 else ""
+    on = f" of {machines} machines" if machines > 1 else ""
+    return f"{len(everyone)} process{plural} on {where}{on}"
 
 
 def sync_params(params: Iterable[Tensor]) -> None:
@@ -352,16 +384,24 @@ def run_main(main: Callable[[], None]) -> None:
     """Run a script's ``main`` and end the process, on all ranks when one of them fails.
 
     A user's mistake, a file that cannot be opened and too little GPU memory print one line on
-    stderr and exit with 2; anything else that goes wrong prints its traceback and exits with 1.
+    stderr and exit with 2; anything else that goes wrong prints its traceback and exits with 1. A
+    :class:`.Stop`, which comes on all processes together, prints a line and has a code of its own.
     """
+    code = 0
     try:
         main()
+    except Stop as stop:
+        if get_rank() == 0:
+            sys.stderr.write(f"{stop}\n")
+        code = stop.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         _take_down(130)
     except Exception as error:
         _take_down(_report(error))
     _leave()
+    if code:
+        sys.exit(code)
 
 
 def _leave() -> None:
@@ -397,7 +437,7 @@ def _take_down(code: int) -> None:
     if get_world_size() == 1 and (mpi is None or mpi.COMM_WORLD.Get_size() == 1):
         sys.exit(code)
     for worker in multiprocessing.active_children():
-        worker.terminate()
+        worker.kill()
     if mpi is not None:
         # An ordinary exit would wait in MPI_Finalize for processes that wait for this one.
         time.sleep(1)  # for the others to say the same, if they failed too

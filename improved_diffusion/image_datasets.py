@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from . import dist_util
 from .errors import UserError
 from .flags import ImageSize, height_width, option, require, require_at_least
 from .rng import derive_seed
+from .stopping import ignore_stop_signals
 
 log = logging.getLogger(__name__)
 
@@ -208,16 +209,17 @@ def _warn_of_depth(mode: str) -> None:
 class GlobalBatchSampler:
     """An endless series of one process's batches of indices.
 
-    The images of an epoch come in one order, which depends on (seed, epoch) alone, for all
-    processes together; each takes its part of every global batch. No image comes twice in an
-    epoch; what does not fill a last global batch sits that epoch out.
+    All images of an epoch come in one order, which depends on (seed, epoch) alone, epoch after
+    epoch in one stream; each global batch is the next piece of the stream, and each process takes
+    its part of it. So a position in the stream, counted in images, says what comes next, whatever
+    the batch size and the number of processes. A batch may reach into the next epoch.
 
     :param size: number of images.
     :param batch_size: of one process.
     :param seed: None for the order of the files, the same in every epoch.
     :param rank: this process.
     :param world_size: number of processes.
-    :param start: how many batches of the series to pass over, as a continued run does.
+    :param start: how many images of the stream to pass over, as a continued run does.
     :raises ValueError: if the images do not fill one global batch.
     """
 
@@ -236,6 +238,8 @@ class GlobalBatchSampler:
         self.rank = rank
         self.world_size = world_size
         self.start = start
+        self._epoch = -1
+        self._epoch_order = np.arange(0)
         if size < batch_size * world_size:
             processes = f"{world_size} process{'es' if world_size > 1 else ''}"
             advice = (
@@ -249,20 +253,81 @@ class GlobalBatchSampler:
             )
 
     def __iter__(self) -> Iterator[list[int]]:
-        global_batch = self.batch_size * self.world_size
-        epoch, skip = divmod(self.start, self.size // global_batch)
+        first = self.start + self.rank * self.batch_size
         while True:
-            order = self._order(epoch)
-            for batch in range(skip, self.size // global_batch):
-                first = batch * global_batch + self.rank * self.batch_size
-                yield order[first : first + self.batch_size].tolist()
-            epoch, skip = epoch + 1, 0
+            yield self.indices(first, self.batch_size)
+            first += self.batch_size * self.world_size
+
+    def indices(self, first: int, count: int) -> list[int]:
+        """The indices at ``count`` positions of the stream from ``first`` on."""
+        found = []
+        for position in range(first, first + count):
+            epoch, place = divmod(position, self.size)
+            if epoch != self._epoch:
+                self._epoch, self._epoch_order = epoch, self._order(epoch)
+            found.append(int(self._epoch_order[place]))
+        return found
 
     def _order(self, epoch: int) -> np.ndarray:
         if self.seed is None:
             return np.arange(self.size)
         seed = derive_seed(self.seed, "data order", epoch)
         return np.random.default_rng(seed).permutation(self.size)
+
+
+Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+class ImageStream(Iterator[Batch]):
+    """The endless batches of one process, which can go on from any position.
+
+    :param dataset: the images.
+    :param batch_size: of one process.
+    :param seed: see :class:`GlobalBatchSampler`.
+    :param num_workers: processes that read images.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, batch_size: int, seed: int | None, num_workers: int
+    ) -> None:
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self.transform: Callable[[Batch], Batch] = lambda batch: batch
+        self.seek(0)
+
+    def seek(self, images: int) -> None:
+        """Go on as if all processes had taken so many images together."""
+        rank, world_size = dist_util.get_rank(), dist_util.get_world_size()
+        self._sampler = GlobalBatchSampler(
+            len(self.dataset), self.batch_size, self.seed, rank, world_size, images
+        )
+        self._batches: Iterator[Batch] | None = None
+
+    def map(self, transform: Callable[[Batch], Batch]) -> ImageStream:
+        """Change every batch from now on by a function, in the training process."""
+        self.transform = transform
+        return self
+
+    def files(self, first: int, count: int) -> list[str]:
+        """The files of the images at ``count`` positions of the common stream."""
+        return [self.dataset.local_images[i] for i in self._sampler.indices(first, count)]
+
+    def __next__(self) -> Batch:
+        if self._batches is None:
+            self._batches = _batches(_loader(self.dataset, self._sampler, self.num_workers))
+        return self.transform(next(self._batches))
+
+
+def _loader(dataset: Dataset, batches: Iterable[list[int]], num_workers: int) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=num_workers,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=ignore_stop_signals,
+    )
 
 
 def load_data(
@@ -278,8 +343,8 @@ def load_data(
     num_workers: int = 1,
     seed: int | None = None,
     start: int = 0,
-) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """An endless generator of batches of images and their labels.
+) -> ImageStream:
+    """An endless iterator of batches of images and their labels.
 
     Under a process group every process gets its own images.
 
@@ -293,7 +358,7 @@ def load_data(
     :param labels_from: see :func:`list_images`.
     :param num_workers: processes that read images.
     :param seed: of the shuffled order; None draws one from torch's global generator.
-    :param start: how many batches to pass over, as a continued run does.
+    :param start: how many images to pass over, as a continued run does.
     :return: pairs of float32 [N, C, H, W] in [-1, 1], and {"y": int64 [N]} or {}.
     :raises ValueError: if the folder is missing or empty, or holds less than a global batch; and
         later, naming the file, for one that is no image.
@@ -304,24 +369,12 @@ def load_data(
             seed = int(torch.randint(2**31, ()))
         seed = dist_util.broadcast_object(seed)  # one order for all processes
     dataset = ImageDataset(image_size, images.paths, images.classes, channels=channels)
-    batches = GlobalBatchSampler(
-        len(dataset),
-        batch_size,
-        None if deterministic else seed,
-        dist_util.get_rank(),
-        dist_util.get_world_size(),
-        start,
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    return _batches(loader)
+    stream = ImageStream(dataset, batch_size, None if deterministic else seed, num_workers)
+    stream.seek(start)
+    return stream
 
 
-def _batches(loader: DataLoader) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+def _batches(loader: DataLoader) -> Iterator[Batch]:
     try:
         yield from loader
     except UserError as error:
@@ -354,13 +407,8 @@ def load_once(
         )
         for start in range(0, stop, batch_size * world_size)
     ]
-    loader = DataLoader(
-        ImageDataset(image_size, images.paths, images.classes, channels=channels),
-        batch_sampler=[share for share in shares if share],
-        num_workers=num_workers,
-        pin_memory=torch.cuda.is_available(),
-    )
-    batches = _batches(loader)
+    dataset = ImageDataset(image_size, images.paths, images.classes, channels=channels)
+    batches = _batches(_loader(dataset, [share for share in shares if share], num_workers))
     height, width = height_width(image_size)
     nothing = torch.zeros(0, channels, height, width)
     for share in shares:

@@ -7,200 +7,78 @@ Messages go through Python's :mod:`logging`: what any module of the package says
 from __future__ import annotations
 
 import contextlib
-import csv
 import datetime
 import functools
-import json
 import logging
 import logging.handlers
+import math
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TextIO
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
-from .errors import UserError
+import numpy as np
+
+from .log_formats import (
+    CSVOutputFormat,
+    HumanOutputFormat,
+    JSONOutputFormat,
+    KVWriter,
+    SeqWriter,
+    TensorBoardOutputFormat,
+    make_output_format,
+)
+
+__all__ = [
+    "CSVOutputFormat",
+    "DEBUG",
+    "DISABLED",
+    "ERROR",
+    "HumanOutputFormat",
+    "INFO",
+    "JSONOutputFormat",
+    "KVWriter",
+    "Logger",
+    "SeqWriter",
+    "TensorBoardOutputFormat",
+    "WARN",
+    "configure",
+    "debug",
+    "default_dir",
+    "dump_tabular",
+    "dumpkvs",
+    "error",
+    "get_current",
+    "get_dir",
+    "get_rank_without_mpi_import",
+    "getkvs",
+    "hold_messages",
+    "info",
+    "log",
+    "logimage",
+    "logkv",
+    "logkv_mean",
+    "logkvs",
+    "make_output_format",
+    "mpi_weighted_mean",
+    "profile",
+    "profile_kv",
+    "record_tabular",
+    "reset",
+    "rewind",
+    "scoped_configure",
+    "set_comm",
+    "set_level",
+    "warn",
+]
 
 DEBUG = logging.DEBUG
 INFO = logging.INFO
 WARN = logging.WARNING
 ERROR = logging.ERROR
 DISABLED = logging.CRITICAL
-
-KEY_WIDTH = 30  # longer keys and values are cut in the table on stdout
-
-
-class KVWriter:
-    """Something that writes a dict of numbers at each dump."""
-
-    def writekvs(self, kvs: dict[str, Any]) -> None:
-        """Write one row."""
-        raise NotImplementedError
-
-    def close(self) -> None:
-        """Finish writing."""
-
-
-class SeqWriter:
-    """Something that writes messages."""
-
-    def writeseq(self, seq: Iterable[Any]) -> None:
-        """Write one message, given as its parts."""
-        raise NotImplementedError
-
-
-class HumanOutputFormat(KVWriter, SeqWriter):
-    """Messages and tables for people, through a :class:`logging.Handler`.
-
-    :param filename_or_file: a path to append to, or an open text file.
-    """
-
-    def __init__(self, filename_or_file: str | TextIO) -> None:
-        self.handler: logging.Handler
-        if isinstance(filename_or_file, str):
-            self.handler = logging.FileHandler(filename_or_file, encoding="utf-8")
-        else:
-            self.handler = logging.StreamHandler(filename_or_file)
-
-    def writekvs(self, kvs: dict[str, Any]) -> None:
-        """Write a table of two columns, sorted by key."""
-        if not kvs:
-            return
-        rows = [(_cut(key), _cut(_human(value))) for key, value in sorted(kvs.items())]
-        widths = [max(len(row[column]) for row in rows) for column in (0, 1)]
-        rule = "-" * (sum(widths) + 7)
-        lines = [f"| {key:<{widths[0]}} | {value:<{widths[1]}} |" for key, value in rows]
-        self.writeseq(["\n".join([rule, *lines, rule])])
-
-    def writeseq(self, seq: Iterable[Any]) -> None:
-        """Write the parts, separated by spaces."""
-        message = " ".join(map(str, seq))
-        self.handler.emit(logging.makeLogRecord({"msg": "%s", "args": (message,)}))
-
-    def close(self) -> None:
-        """Close the file, unless it was open when we got it."""
-        self.handler.close()
-
-
-def _human(value: Any) -> str:
-    return f"{value:<8.3g}".rstrip() if hasattr(value, "__float__") else str(value)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= KEY_WIDTH else text[: KEY_WIDTH - 3] + "..."
-
-
-class JSONOutputFormat(KVWriter):
-    """One JSON object per line, appended.
-
-    :param filename: path.
-    """
-
-    def __init__(self, filename: str) -> None:
-        self.filename = filename
-        _end_last_line(filename)
-
-    def writekvs(self, kvs: dict[str, Any]) -> None:
-        """Append one line."""
-        with open(self.filename, "a") as file:
-            file.write(json.dumps(kvs, sort_keys=True, default=float) + "\n")
-
-
-class CSVOutputFormat(KVWriter):
-    """Comma-separated rows, appended; a new key adds a column to the rows already there.
-
-    :param filename: path.
-    """
-
-    def __init__(self, filename: str) -> None:
-        self.filename = filename
-        self.keys: list[str] = []
-        _end_last_line(filename)
-        if os.path.exists(filename):
-            with open(filename, newline="") as file:
-                self.keys = next(csv.reader(file), [])
-
-    def writekvs(self, kvs: dict[str, Any]) -> None:
-        """Append one row; a key that is missing leaves its cell empty."""
-        new = sorted(kvs.keys() - set(self.keys))
-        if new:
-            self._add_columns(new)
-        with open(self.filename, "a", newline="") as file:
-            csv.DictWriter(file, self.keys, restval="").writerow(kvs)
-
-    def _add_columns(self, new: list[str]) -> None:
-        rows: list[dict[str, str]] = []
-        if self.keys:
-            with open(self.filename, newline="") as file:
-                rows = list(csv.DictReader(file))
-        self.keys += new
-        beside = self.filename + ".tmp"
-        with open(beside, "w", newline="") as file:
-            writer = csv.DictWriter(file, self.keys, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(beside, self.filename)  # a crash leaves the old file or the new one
-
-
-def _end_last_line(filename: str) -> None:
-    """End a line that a crash cut off, so that the next one starts afresh."""
-    if os.path.exists(filename) and os.path.getsize(filename):
-        with open(filename, "rb+") as file:
-            file.seek(-1, os.SEEK_END)
-            if file.read() != b"\n":
-                file.write(b"\n")
-
-
-class TensorBoardOutputFormat(KVWriter):
-    """Event files for TensorBoard; needs the extra ``tensorboard``.
-
-    :param dir: folder for the event files.
-    :raises ValueError: if the extra is not installed.
-    """
-
-    def __init__(self, dir: str) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise UserError(
-                "log format 'tensorboard' needs a package: pip install "
-                "'improved-diffusion[tensorboard]'"
-            ) from None
-        self.writer = SummaryWriter(dir)
-        self.step = 0
-
-    def writekvs(self, kvs: dict[str, Any]) -> None:
-        """Write one point per key, at the step under the key "step" or else at a running count."""
-        self.step = int(kvs.get("step", self.step + 1))
-        for key, value in kvs.items():
-            self.writer.add_scalar(key, float(value), self.step)
-        self.writer.flush()
-
-    def close(self) -> None:
-        """Close the event file."""
-        self.writer.close()
-
-
-def make_output_format(format: str, ev_dir: str, log_suffix: str = "") -> KVWriter:
-    """One output by name.
-
-    :param format: "stdout", "log", "json", "csv" or "tensorboard".
-    :param ev_dir: the run folder; made if missing.
-    :param log_suffix: goes before the ending of the file's name.
-    :raises ValueError: for an unknown format.
-    """
-    makers: dict[str, Callable[[], KVWriter]] = {
-        "stdout": lambda: HumanOutputFormat(sys.stdout),
-        "log": lambda: HumanOutputFormat(os.path.join(ev_dir, f"log{log_suffix}.txt")),
-        "json": lambda: JSONOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.json")),
-        "csv": lambda: CSVOutputFormat(os.path.join(ev_dir, f"progress{log_suffix}.csv")),
-        "tensorboard": lambda: TensorBoardOutputFormat(os.path.join(ev_dir, f"tb{log_suffix}")),
-    }
-    if format not in makers:
-        raise UserError(f"unknown log format '{format}'; choose among {', '.join(makers)}")
-    os.makedirs(ev_dir, exist_ok=True)
-    return makers[format]()
 
 
 class Logger:
@@ -235,8 +113,11 @@ class Logger:
         self.name2cnt[key] = count + 1
 
     def dumpkvs(self) -> dict[str, Any]:
-        """Write what was logged since the last dump, forget it, and return it."""
-        values = {key: _as_number(value) for key, value in self.name2val.items()}
+        """Write what was logged since the last dump, forget it, and return it.
+
+        :raises ValueError: for a tensor of several elements, with its key.
+        """
+        values = {key: _as_number(key, value) for key, value in self.name2val.items()}
         if self.comm is not None:
             values = mpi_weighted_mean(
                 self.comm,
@@ -246,9 +127,43 @@ class Logger:
             for output in self.output_formats:
                 if isinstance(output, KVWriter):
                     output.writekvs(values)
+        self._forget()
+        return values
+
+    def _forget(self) -> None:
         self.name2val.clear()
         self.name2cnt.clear()
-        return values
+
+    def logimage(self, key: str, image: np.ndarray, step: int) -> None:
+        """Write an image, where an output can show it.
+
+        :param image: uint8 [H, W, C].
+        """
+        if self.level < DISABLED:
+            for output in self.output_formats:
+                if isinstance(output, KVWriter):
+                    output.writeimage(key, image, step)
+
+    def rewind(self, step: int) -> int:
+        """Forget the rows of ``step`` and later ones, and what was logged since the last dump.
+
+        A run that goes on from a checkpoint writes them again.
+
+        :return: how many rows of the CSV were dropped.
+        """
+        self._forget()
+        dropped = 0
+        for output in self.output_formats:
+            if isinstance(output, KVWriter):
+                count = output.rewind(step)
+                if isinstance(output, CSVOutputFormat) and count:
+                    dropped += count
+                    name = os.path.basename(output.filename)
+                    rows, they_come = ("row", "it comes") if count == 1 else ("rows", "they come")
+                    self.log(
+                        f"{name}: {count} {rows} from step {step} on dropped, {they_come} again"
+                    )
+        return dropped
 
     def log(self, *args: Any, level: int = INFO) -> None:
         """Write a message, its parts separated by spaces, if the level is high enough."""
@@ -275,8 +190,15 @@ class Logger:
             output.close()
 
 
-def _as_number(value: Any) -> Any:
-    return value.item() if hasattr(value, "item") else value
+def _as_number(key: str, value: Any) -> Any:
+    if not hasattr(value, "item"):
+        return value
+    shape = tuple(getattr(value, "shape", ()))
+    if math.prod(shape) != 1:
+        raise ValueError(
+            f"logkv({key!r}, ...): one number is needed, not a tensor of shape {shape}"
+        )
+    return value.item()
 
 
 class _ToCurrentLogger(logging.Handler):
@@ -289,8 +211,6 @@ class _ToCurrentLogger(logging.Handler):
 
 _package_log = logging.getLogger("improved_diffusion")
 _handler = _ToCurrentLogger()
-
-
 _waiting = logging.handlers.MemoryHandler(capacity=1000, flushLevel=sys.maxsize)
 
 
@@ -416,6 +336,16 @@ def dumpkvs() -> dict[str, Any]:
 def getkvs() -> dict[str, Any]:
     """What was logged since the last dump."""
     return get_current().name2val
+
+
+def logimage(key: str, image: np.ndarray, step: int) -> None:
+    """Write an image, uint8 [H, W, C], where an output can show it: TensorBoard."""
+    get_current().logimage(key, image, step)
+
+
+def rewind(step: int) -> int:
+    """Forget the rows of ``step`` and later ones; see :meth:`Logger.rewind`."""
+    return get_current().rewind(step)
 
 
 def log(*args: Any, level: int = INFO) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -25,14 +26,22 @@ class ScheduleSampler(ABC):
     def weights(self) -> np.ndarray:
         """Positive weights of the timesteps, float64 [T]; they need not sum to one."""
 
-    def sample(self, batch_size: int, device: torch.device | str) -> tuple[Tensor, Tensor]:
-        """Draw timesteps from NumPy's global generator.
+    def sample(
+        self, batch_size: int, device: torch.device | str, uniforms: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw timesteps.
 
+        :param uniforms: float64 [N] in [0, 1), which decide the timesteps; None draws them from
+            NumPy's global generator.
         :return: timesteps, int64 [N], and the weights 1 / (T p_t) of their losses, float32 [N].
         """
         w = self.weights()
         p = w / np.sum(w)
-        indices = np.random.choice(len(p), size=(batch_size,), p=p)
+        if uniforms is None:
+            indices = np.random.choice(len(p), size=(batch_size,), p=p)
+        else:
+            cdf = np.cumsum(p)  # inverse transform sampling, as choice does it
+            indices = np.searchsorted(cdf / cdf[-1], uniforms, side="right")
         weights = 1 / (len(p) * p[indices])
         return (
             _upload(torch.from_numpy(indices).long(), device),
@@ -88,6 +97,16 @@ class LossAwareSampler(ScheduleSampler):
         pairs = torch.cat([g[:, : int(n)] for g, n in zip(gathered, sizes, strict=True)], dim=1)
         self.update_with_all_losses([int(t) for t in pairs[0].tolist()], pairs[1].tolist())
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """What has been learned so far, to be stored with a checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        :raises ValueError: if it belongs to another sampler.
+        """
+
     @abstractmethod
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         """Take note of losses; deterministic, as every process does it on its own.
@@ -126,14 +145,32 @@ class LossSecondMomentResampler(LossAwareSampler):
         return weights * (1 - self.uniform_prob) + self.uniform_prob / len(weights)
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
-        """Append each loss to its timestep's history, dropping the oldest when full."""
+        """Append each finite loss to its timestep's history, dropping the oldest when full."""
         for t, loss in zip(ts, losses, strict=True):
+            if not math.isfinite(loss):
+                continue  # one of them would spoil all probabilities
             count = self._loss_counts[t]
             if count == self.history_per_term:
                 self._loss_history[t] = np.append(self._loss_history[t, 1:], loss)
             else:
                 self._loss_history[t, count] = loss
                 self._loss_counts[t] += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The last losses of every timestep, and how many there are."""
+        return {
+            "loss_history": torch.from_numpy(self._loss_history.copy()),
+            "loss_counts": torch.from_numpy(self._loss_counts.copy()),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over the losses of another sampler of as many timesteps and terms."""
+        history = state.get("loss_history")
+        if history is None or tuple(history.shape) != self._loss_history.shape:
+            there = "none" if history is None else tuple(history.shape)
+            raise UserError(f"loss history of shape {self._loss_history.shape} here, {there} there")
+        self._loss_history = history.numpy().copy()
+        self._loss_counts = state["loss_counts"].numpy().copy()
 
     def _warmed_up(self) -> bool:
         return bool((self._loss_counts == self.history_per_term).all())

@@ -31,22 +31,62 @@ def derive_seed(seed: int, *purpose: str | int) -> int:
     return int(np.random.SeedSequence(entropy).generate_state(1)[0])
 
 
+def seed_everything(seed: int, *purpose: str | int) -> None:
+    """Seed torch's and NumPy's global generators for a purpose."""
+    torch.manual_seed(derive_seed(seed, *purpose, "torch"))
+    np.random.seed(derive_seed(seed, *purpose, "numpy"))
+
+
 def sample_generators(
-    seed: int, indices: Iterable[int], purpose: str = "sample"
+    seed: int,
+    indices: Iterable[int],
+    *purpose: str | int,
+    device: torch.device | str = "cpu",
 ) -> list[torch.Generator]:
-    """One CPU generator per sample; distinct for 2**32 consecutive indices.
+    """One generator per sample; distinct for 2**32 consecutive indices.
 
     :param seed: the user's seed, >= 0.
     :param indices: the global index of each sample.
-    :param purpose: what is drawn, so that two uses of one seed are independent.
+    :param purpose: what is drawn, so that two uses of one seed are independent; "sample" if
+        nothing is given.
+    :param device: where the generators draw. The CPU's numbers are the same on every machine.
     """
-    start = derive_seed(seed, purpose)
+    start = derive_seed(seed, *(purpose or ("sample",)))
     # torch's CPU generator keeps 32 bits of its seed: a hash of the index would collide within
     # 50,000 samples about once in four runs, a one-to-one map never does.
     return [
-        torch.Generator().manual_seed((start + int(index) * _GOLDEN_RATIO_32) % 2**32)
+        torch.Generator(device).manual_seed((start + int(index) * _GOLDEN_RATIO_32) % 2**32)
         for index in indices
     ]
+
+
+class StepDraws:
+    """The random draws of one training step, by (seed, purpose, step, index in the global batch).
+
+    :param seed: the user's seed, >= 0.
+    :param step: the step, over all sittings of a run.
+    :param first: index of this process's first image in the global batch.
+    """
+
+    def __init__(self, seed: int, step: int, first: int) -> None:
+        self.seed = seed
+        self.step = step
+        self.first = first
+
+    def uniforms(self, part: slice) -> np.ndarray:
+        """Numbers in [0, 1) for the images ``part`` of this process's batch, float64 [N]."""
+        start, stop = self.first + part.start, self.first + part.stop
+        # one stream for the step: its beginning does not depend on how much of it is drawn
+        stream = np.random.default_rng(derive_seed(self.seed, "timesteps", self.step))
+        return stream.random(stop)[start:]
+
+    def noise_like(self, x: Tensor, part: slice) -> Tensor:
+        """Standard normal noise for the images ``x`` = [N, ...], ``part`` of the batch."""
+        indices = range(self.first + part.start, self.first + part.stop)
+        generators = sample_generators(
+            self.seed, indices, "training noise", self.step, device=x.device
+        )
+        return randn_like(x, generators)
 
 
 def randn(

@@ -1,4 +1,7 @@
-"""What the scripts share: from the command line to a run folder, and back from a checkpoint."""
+"""What the scripts share: from the command line to a run folder, and back from a checkpoint.
+
+:mod:`.training_runs` has what the training scripts share.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,27 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, logger, state_dicts
 from .errors import UserError
 from .flags import given_flags, option, pick, require_at_least
-from .gaussian_diffusion import GaussianDiffusion
-from .image_datasets import DataOptions, ImageList, list_images, load_data
-from .resample import create_named_schedule_sampler
-from .rng import derive_seed
+from .image_datasets import ImageList
 from .script_util import (
     FIXED_BY_TRAINING,
     NUM_CLASSES,
     ModelAndDiffusionOptions,
     SuperResOptions,
 )
-from .train_util import Batch, Cond, TrainLoop, TrainOptions, get_blob_logdir
 
 log = logging.getLogger(__name__)
 
 Flags = dict[str, Any]
-
-MANY_DIFFUSION_STEPS = 4000  # the most that IDDPM uses
 
 
 @dataclass(frozen=True)
@@ -77,33 +73,33 @@ def set_up(flags: Flags) -> str:
     return dist_util.broadcast_object(folder)
 
 
-def open_folder(folder: str, flags: Flags, config: str = "") -> None:
-    """Make the run folder, log to it, and store the flags there.
+def open_folder(folder: str, flags: Flags) -> None:
+    """Make the run folder, log to it, and store the flags there under the script's name.
 
-    :param config: name of the file for the flags; by default that of the script, so that samples
-        written into a training run leave its own flags alone.
+    So samples written into a training run leave its own flags alone.
     """
     logger.configure(dir=folder)
+    script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
+    store_flags(folder, flags, f"{script}.json")
+    announce(flags)
+
+
+def store_flags(folder: str, flags: Flags, name: str) -> None:
+    """Store the flags in a folder, which may be new; the first process does."""
     if dist_util.get_rank() == 0:
-        script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
-        folder = get_blob_logdir()
         if "://" not in folder:
             os.makedirs(folder, exist_ok=True)  # $DIFFUSION_BLOB_LOGDIR may be new
-        stored = {**flags, "resume_checkpoint": ""} if config else flags
-        checkpoint.save_config(folder, stored, config or f"{script}.json")
+        checkpoint.save_config(folder, flags, name)
+
+
+def announce(flags: Flags) -> None:
+    """Say which processes and devices there are."""
     world, gpus = dist_util.get_world_size(), torch.cuda.device_count()
-    device = torch.cuda.get_device_name() if gpus else "CPU"
-    logger.log(f"{world} process{'es' if world > 1 else ''} on {device}, seed {flags['seed']}")
+    logger.log(f"{dist_util.describe_processes()}, seed {flags['seed']}")
     if world == 1 and gpus > 1:
         logger.warn(
             f"{gpus} GPUs are visible but one is used: start with torchrun --nproc_per_node {gpus}"
         )
-
-
-def seed_everything(seed: int, *purpose: str | int) -> None:
-    """Seed torch's and NumPy's global generators for a purpose."""
-    torch.manual_seed(derive_seed(seed, *purpose, "torch"))
-    np.random.seed(derive_seed(seed, *purpose, "numpy"))
 
 
 def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
@@ -129,72 +125,6 @@ def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
 
 
 _OPTIONS = (ModelAndDiffusionOptions, SuperResOptions)
-
-
-# -- training ---------------------------------------------------------------------------------
-
-
-def prepare_training(
-    flags: Flags, given: set[str], size_flag: str
-) -> tuple[Flags, Iterator[tuple[Batch, Cond]]]:
-    """Check everything that can be checked before the run folder is made.
-
-    :param size_flag: the flag that holds the size of the images to load.
-    :return: the flags with the folder, inherited values and the number of classes filled in; and
-        the endless batches of the data.
-    """
-    train, source = pick(TrainOptions, flags), pick(DataOptions, flags)
-    flags = {**flags, "log_dir": set_up(flags)}
-    folder = os.environ.get("DIFFUSION_BLOB_LOGDIR") or flags["log_dir"]
-    own = checkpoint.find_newest_model(folder)
-    continued = train.resume_checkpoint or own
-    step = 0
-    if continued:
-        flags = inherit(flags, given, os.path.dirname(continued))
-        flags["resume_checkpoint"] = continued
-        if checkpoint.is_model_name(continued):
-            step = checkpoint.parse_resume_step_from_filename(continued) + 1
-    if own:  # the flags stored there must go on fitting what lies there
-        inherit(flags, set(flags), folder)
-    source = pick(DataOptions, flags)
-    images = list_images(source.data_dir, flags["class_cond"], source.labels_from)
-    flags = _with_classes(flags, images)
-    data = load_data(
-        data_dir=source.data_dir,
-        batch_size=train.batch_size,
-        image_size=flags[size_flag],
-        class_cond=flags["class_cond"],
-        images=images,
-        channels=flags["channels"],
-        num_workers=source.num_workers,
-        seed=flags["seed"],
-        start=step,
-    )
-    seed_everything(flags["seed"], "train", dist_util.get_rank(), step)
-    return {**flags, "num_images": len(images.paths)}, data
-
-
-def _with_classes(flags: Flags, images: ImageList) -> Flags:
-    """Fill in the number of classes and their names, from the data.
-
-    :raises ValueError: if the data has more classes than the model, or not those of the run that
-        is continued.
-    """
-    if not flags["class_cond"]:
-        return flags
-    found, wanted = list(images.class_names), flags["num_classes"] or len(images.class_names)
-    if len(found) == len(images.paths) > 1:
-        raise UserError(
-            f"--class_cond True: each of the {len(found)} images would be a class of its own; name "
-            "files CLASS_anything, or put each class into a folder and give --labels_from folder"
-        )
-    if len(found) > wanted:
-        raise UserError(
-            f"the data has {len(found)} classes ({', '.join(found[:5])}, ...), more than "
-            f"--num_classes {wanted}"
-        )
-    check_class_names(flags, images)
-    return {**flags, "num_classes": wanted, "class_names": found}
 
 
 def relabel(images: ImageList, class_names: Sequence[str]) -> ImageList:
@@ -234,46 +164,6 @@ def check_class_names(flags: Flags, images: ImageList) -> None:
         )
 
 
-def train(
-    model: nn.Module,
-    diffusion: GaussianDiffusion,
-    data: Iterator[tuple[Batch, Cond]],
-    flags: Flags,
-) -> None:
-    """Open the run folder and train in it."""
-    options = pick(TrainOptions, flags)
-    if options.resume_checkpoint:  # fails before anything is written
-        checkpoint.load_model(model, options.resume_checkpoint)
-    open_folder(flags["log_dir"], flags, checkpoint.CONFIG)
-    parameters = sum(param.numel() for param in model.parameters())
-    world = dist_util.get_world_size()
-    classes = f", {len(flags['class_names'])} classes" if flags["class_cond"] else ""
-    logger.log(f"{parameters:,} parameters, {flags['num_images']:,} images{classes}")
-    bound = (
-        f"{options.lr_anneal_steps} steps"
-        if options.lr_anneal_steps
-        else "no --lr_anneal_steps: trains until it is stopped"
-    )
-    batch = world * options.batch_size
-    logger.log(f"{world} x {options.batch_size} = global batch of {batch}; {bound}")
-    if flags["diffusion_steps"] > MANY_DIFFUSION_STEPS:
-        logger.warn(
-            f"--diffusion_steps {flags['diffusion_steps']} is the number of noising steps; the "
-            "length of training is --lr_anneal_steps"
-        )
-    arguments = dataclasses.asdict(options)
-    arguments["schedule_sampler"] = create_named_schedule_sampler(
-        options.schedule_sampler, diffusion
-    )
-    model.to(dist_util.dev())
-    try:
-        TrainLoop(model=model, diffusion=diffusion, data=data, **arguments).run_loop()
-    except KeyboardInterrupt:
-        logger.log(f"interrupted; checkpoints are in {get_blob_logdir()}")
-        raise
-    logger.log(f"training complete; checkpoints are in {get_blob_logdir()}")
-
-
 # -- from a checkpoint ------------------------------------------------------------------------
 
 
@@ -291,7 +181,7 @@ def load_for_evaluation(model: nn.Module, path: str) -> nn.Module:
 
     :raises ValueError: if the checkpoint does not fit, or its weights are not finite.
     """
-    checkpoint.load_model(model, path)
+    state_dicts.load_model(model, path)
     if not all(param.isfinite().all() for param in model.parameters()):
         raise UserError(f"checkpoint '{path}' holds non-finite weights: its training diverged")
     return model.to(dist_util.dev()).eval()

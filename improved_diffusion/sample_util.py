@@ -136,12 +136,17 @@ def to_uint8(samples: Tensor) -> Tensor:
 
 
 def collect_samples(
-    make: Callable[[list[int]], tuple[Tensor, Tensor | None]], num_samples: int, batch_size: int
+    make: Callable[[list[int]], tuple[Tensor, Tensor | None]],
+    num_samples: int,
+    batch_size: int,
+    progress: bool = True,
 ) -> tuple[np.ndarray, np.ndarray | None] | None:
     """Make samples on all processes and bring them together, with a progress bar.
 
-    :param make: from global indices to uint8 [N, H, W, C] images and int64 [N] labels or None.
+    :param make: from global indices to uint8 [N, H, W, C] images (or other rows [N, ...]) and
+        int64 [N] labels or None. Indices may reach past ``num_samples``; those are dropped.
     :param batch_size: the most samples that one call makes.
+    :param progress: show the bar.
     :return: on the first process uint8 [num_samples, H, W, C] and int64 [num_samples] or None,
         in the order of the indices; None on other processes.
     """
@@ -149,7 +154,8 @@ def collect_samples(
 
     images: list[np.ndarray] = []
     labels: list[np.ndarray] = []
-    with tqdm(total=num_samples, unit="image", disable=dist_util.get_rank() != 0) as bar:
+    hidden = not progress or dist_util.get_rank() != 0
+    with tqdm(total=num_samples, unit="image", disable=hidden) as bar:
         for shares in _rounds(num_samples, batch_size, dist_util.get_world_size()):
             made, classes = make(shares[dist_util.get_rank()])
             images.append(_gather(made))
@@ -214,7 +220,7 @@ def write_samples(
         np.savez(file, images, *([] if labels is None else [labels]))
     if images.shape[-1] in PIL_MODES:
         columns = len(classes) if 2 <= len(classes) <= 20 else 0
-        checkpoint.write_file(os.path.join(folder, "grid.png"), _png(grid(images, columns)))
+        checkpoint.write_file(os.path.join(folder, "grid.png"), png(grid(images, columns)))
         if save_png:
             _write_pngs(os.path.join(folder, "png"), images, labels, class_names)
     return path
@@ -244,7 +250,8 @@ def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
     return picture
 
 
-def _png(pixels: np.ndarray) -> bytes:
+def png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 [H, W, C] with 1 to 4 channels."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -263,4 +270,4 @@ def _write_pngs(
             label = int(labels[i])
             name += f"_{class_names[label] if label < len(class_names) else label}"
         with open(os.path.join(folder, f"{name}.png"), "wb") as file:
-            file.write(_png(image))
+            file.write(png(image))

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import json
 import math
 import os
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, logger, state_dicts
 from .checkpoint import parse_resume_step_from_filename
-from .errors import UserError
+from .divergence import LOWERED_RATE, PATIENCE, all_finite, first_nonfinite_layer
+from .errors import Diverged, RunAgain, UserError
 from .flags import numbers, option, require, require_at_least
 from .fp16_util import (
     make_master_params,
@@ -25,9 +29,21 @@ from .fp16_util import (
     unflatten_master_params,
     zero_grad,
 )
-from .gaussian_diffusion import GaussianDiffusion
+from .gaussian_diffusion import GaussianDiffusion, Model
 from .nn import update_ema
+from .optimization import (
+    PRECISIONS,
+    OptimizationOptions,
+    autocast,
+    check_precision,
+    clip_gradients,
+)
+from .posthoc_ema import gamma_of, parse_sigma_rels, power_rate
+from .progress import Progress
 from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, ScheduleSampler, UniformSampler
+from .rng import StepDraws, seed_everything
+from .saving import Saver, SavingOptions
+from .stopping import Bounds, StopSignals
 
 INITIAL_LOG_LOSS_SCALE = 20.0  # log2: 1e6 brings typical gradients into float16's range
 
@@ -45,15 +61,22 @@ class TrainOptions:
     lr: float = option(1e-4, "learning rate")
     weight_decay: float = option(0.0, "AdamW's weight decay")
     lr_anneal_steps: int = option(
-        0, "train this many steps while the learning rate falls linearly to 0; 0: for ever"
+        0, "train this many steps while the learning rate falls to 0; 0: no such bound"
     )
     batch_size: int = option(1, "images per step and process")
     microbatch: int = option(-1, "images per forward pass, to save memory; -1: the whole batch")
     ema_rate: str = option("0.9999", "rates of the averaged weights, separated by commas")
+    posthoc_ema: str = option(
+        "",
+        "relative widths of power-function averages to keep, such as 0.05,0.1: ema_reconstruct.py "
+        "makes others of them; '': none",
+    )
     log_interval: int = option(10, "steps between rows of the log")
     save_interval: int = option(10000, "steps between checkpoints")
     resume_checkpoint: str = option(
-        "", "model file to continue from; '': the newest of the run folder, if there is one"
+        "",
+        "any file of a checkpoint, or a folder of them, to start from; '': the newest of the run "
+        "folder, if there is one",
     )
     use_fp16: bool = option(False, "compute in float16 with a scaled loss")
     fp16_scale_growth: float = option(1e-3, "growth of the loss scale's log2 per step")
@@ -71,6 +94,7 @@ class TrainOptions:
         micro = self.microbatch
         require(micro == -1 or micro >= 1, "microbatch", micro, "at least 1, or -1 for no split")
         parse_ema_rates(self.ema_rate)
+        parse_sigma_rels(self.posthoc_ema)
 
 
 def parse_ema_rates(ema_rate: str | float) -> list[float]:
@@ -83,11 +107,33 @@ def parse_ema_rates(ema_rate: str | float) -> list[float]:
     return rates
 
 
+class Watcher(Protocol):
+    """Looks at a run every so many steps; see :mod:`.watching`."""
+
+    interval: int
+
+    def __call__(self, loop: TrainLoop) -> None:
+        """Look; every process calls it after the same step."""
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """Data that goes on from any position, as :class:`.image_datasets.ImageStream` does."""
+
+    def seek(self, images: int) -> None:
+        """Go on as if all processes had taken so many images together."""
+
+    def files(self, first: int, count: int) -> list[str]:
+        """The files of the images at ``count`` positions."""
+
+
 class TrainLoop:
-    """Trains a diffusion model until ``lr_anneal_steps``, or for ever.
+    """Trains a diffusion model until a bound is reached, or for ever.
 
     With several processes their gradients are averaged. Checkpoints go to the run folder: a file
     named N that was written inside the loop holds N + 1 updates, one written after it holds N.
+    A run that is stopped and started again goes on with the step that comes next; with a ``seed``
+    and data that can :meth:`~.image_datasets.ImageStream.seek`, as if it had not been stopped.
 
     :param model: the network, on its device.
     :param diffusion: gives the training losses.
@@ -98,13 +144,26 @@ class TrainLoop:
     :param ema_rate: a rate, or a text of several separated by commas.
     :param log_interval: steps between rows of the log.
     :param save_interval: steps between checkpoints.
-    :param resume_checkpoint: a model file; if empty, :func:`find_resume_checkpoint` is asked.
+    :param resume_checkpoint: any file of a checkpoint, or a folder of them; if empty,
+        :func:`find_resume_checkpoint` is asked.
     :param use_fp16: compute in float16 with float32 master weights and a dynamic loss scale.
     :param fp16_scale_growth: growth of log2 of the loss scale per step.
     :param schedule_sampler: which timesteps to train on; uniform if None. One that is aware of
         losses needs equally many microbatches on every process.
     :param weight_decay: AdamW's.
     :param lr_anneal_steps: the last step; the learning rate falls linearly to 0. 0 for no end.
+    :param seed: what timesteps, noise and dropout of each step are drawn from, with the step; None
+        draws them from the global generators as they are.
+    :param bounds: when training ends.
+    :param optimization: precision, clipping, the learning rate's course.
+    :param saving: which checkpoints to write and keep.
+    :param posthoc_ema: relative widths of power-function averages to keep; see
+        :mod:`.posthoc_ema`.
+    :param watchers: called with this loop on every process after each step that is a multiple of
+        their ``interval``, but for step 0.
+    :param flags: of the run, to be stored in its checkpoints.
+    :raises ValueError: for a checkpoint that does not fit or is damaged, and for arguments that
+        contradict each other.
     """
 
     def __init__(
@@ -125,6 +184,13 @@ class TrainLoop:
         schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
+        seed: int | None = None,
+        bounds: Bounds = Bounds(),
+        optimization: OptimizationOptions = OptimizationOptions(),
+        saving: SavingOptions = SavingOptions(),
+        posthoc_ema: str = "",
+        watchers: Sequence[Watcher] = (),
+        flags: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.diffusion = diffusion
@@ -135,35 +201,59 @@ class TrainLoop:
         self.ema_rate = parse_ema_rates(ema_rate)
         self.log_interval = log_interval
         self.save_interval = save_interval
-        self.resume_checkpoint = resume_checkpoint or find_resume_checkpoint() or ""
         self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.weight_decay = weight_decay
         self.lr_anneal_steps = lr_anneal_steps
+        self.seed = seed
+        self.bounds = bounds
+        self.optimization = optimization
+        self.watchers = watchers
+        self.flags = dict(flags or {})
 
         self.step = 0  # since resume_step
         self.resume_step = 0
-        self.global_batch = batch_size * dist_util.get_world_size()
+        self.steps_done = 0  # over all sittings; in a step it is global_step
+        self.images = 0  # seen by all processes
+        self.seconds = 0.0  # of training, over all sittings
         self.lg_loss_scale = INITIAL_LOG_LOSS_SCALE
+        self.lr_scale = 1.0  # lowered when the run goes back after non-finite gradients
+        self.skipped = 0  # steps without an update
+        self.skipped_in_row = 0
+        self.global_batch = batch_size * dist_util.get_world_size()
         self._pending_losses: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self._timesteps: list[Tensor] = []  # of the last step
+        self._saver = Saver(saving)
+        self._last_saved = -1
 
-        if self.resume_checkpoint:
-            self._load_model()
         dist_util.sync_params(model.parameters())
         self.model_params = list(model.parameters())
         self.master_params = self.model_params
+        device = self.model_params[0].device
+        check_precision(optimization, use_fp16, device)
         if use_fp16:
             self.master_params = make_master_params(self.model_params)
             model.convert_to_fp16()  # type: ignore[operator]
         self.opt = torch.optim.AdamW(self.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
+        self.posthoc_widths = parse_sigma_rels(posthoc_ema)
+        self.posthoc_params = [copy.deepcopy(self.master_params) for _ in self.posthoc_widths]
+        self.resume_checkpoint = self._find_checkpoint(resume_checkpoint)
         if self.resume_checkpoint:
-            self._load_ema()
-            self._load_optimizer()
+            self._restore(self.resume_checkpoint)
+        else:
+            logger.rewind(0)  # rows of a sitting that ended before its first checkpoint
+        self.total_steps = bounds.total_steps(
+            lr_anneal_steps, self.global_batch, self.global_step, self.images
+        )
+        optimization.lr_factor(0, lr_anneal_steps, self.total_steps)  # refuses contradictions
 
         self.use_ddp = dist_util.get_world_size() > 1
         self.ddp_model = self._data_parallel(model) if self.use_ddp else model
+        dtype = None if use_fp16 else PRECISIONS[optimization.precision or "fp32"]
+        self._scaled_loss = use_fp16 or dtype is torch.float16
+        self._network = autocast(self.ddp_model, dtype, device.type) if dtype else self.ddp_model
 
     def _data_parallel(self, model: nn.Module) -> nn.Module:
         device = self.model_params[0].device
@@ -173,32 +263,63 @@ class TrainLoop:
             bucket_cap_mb=128,
         )
 
+    @property
+    def global_step(self) -> int:
+        """The number of steps done, over all sittings; the index of the step that comes next."""
+        return self.step + self.resume_step
+
     # -- resuming -----------------------------------------------------------------------------
 
-    def _load_model(self) -> None:
-        path = self.resume_checkpoint
-        self.resume_step = parse_resume_step_from_filename(path)
-        checkpoint.load_model(self.model, path)
+    def _find_checkpoint(self, wanted: str) -> str:
+        """The model file to go on from; empty for none."""
+        if not wanted:
+            return find_resume_checkpoint() or ""
+        path = checkpoint.locate(wanted)
+        folder = get_blob_logdir()
+        if os.path.dirname(path) == folder and dist_util.get_rank() == 0:
+            step = checkpoint.parse_resume_step_from_filename(path)
+            newer = checkpoint.set_aside_newer(folder, step)
+            if newer:
+                logger.warn(f"going back to step {step}: later checkpoints {newer} count no more")
+        return path
+
+    def _restore(self, path: str) -> None:
+        """Go on from a checkpoint, saying of each thing whether it is restored or cold."""
+        self._load_model(path)
+        whole = checkpoint.is_model_name(path)  # other files lie beside those named by the loop
+        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            name = checkpoint.ema_name(rate, self.resume_step)
+            self._load_average(f"EMA {rate}", path if whole else "", name, params)
+        for width, params in zip(self.posthoc_widths, self.posthoc_params, strict=True):
+            name = checkpoint.posthoc_name(width, self.resume_step)
+            self._load_average(f"post-hoc EMA {width:g}", path if whole else "", name, params)
+        self._load_optimizer(path if whole else "")
+        self._load_state(path if whole else "")
+
+    def _load_model(self, path: str) -> None:
+        self.resume_step, self.step = parse_resume_step_from_filename(path), 0
+        state = dist_util.load_state_dict(path, map_location="cpu")
+        state_dicts.check_fit(self.model, state, path)
+        self.model.load_state_dict(state)
+        if self.use_fp16:
+            self._copy_state_dict(state, self.master_params)
         logger.log(f"resume: model restored from {path}, step {self.resume_step}")
 
-    def _load_ema(self) -> None:
-        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            path = None
-            if checkpoint.is_model_name(self.resume_checkpoint):
-                path = find_ema_checkpoint(self.resume_checkpoint, self.resume_step, rate)
-            if path is None:
-                logger.log(f"resume: EMA {rate} cold, no file: starts at the model's weights")
-                continue
+    def _load_average(self, what: str, beside: str, name: str, params: list[nn.Parameter]) -> None:
+        path = checkpoint.find_beside(beside, name) if beside else None
+        if path is None:
+            logger.log(f"resume: {what} cold, no file {name}: starts at the model's weights")
+            state = self._state_dict(self.master_params)
+        else:
             state = dist_util.load_state_dict(path, map_location="cpu")
-            checkpoint.check_fit(self.model, state, path)
-            self._copy_state_dict(state, params)
-            logger.log(f"resume: EMA {rate} restored from {path}")
+            state = state["weights"] if name.startswith("posthoc") else state
+            state_dicts.check_fit(self.model, state, path)
+            logger.log(f"resume: {what} restored from {path}")
+        self._copy_state_dict(state, params)
 
-    def _load_optimizer(self) -> None:
+    def _load_optimizer(self, beside: str) -> None:
         name = checkpoint.opt_name(self.resume_step)
-        path = None
-        if checkpoint.is_model_name(self.resume_checkpoint):
-            path = checkpoint.find_beside(self.resume_checkpoint, name)
+        path = checkpoint.find_beside(beside, name) if beside else None
         if path is None:
             logger.log(f"resume: optimiser cold, no file {name}: starts without momentum")
             return
@@ -214,76 +335,187 @@ class TrainLoop:
         logger.log(f"resume: optimiser restored from {path}")
         for group in self.opt.param_groups:  # the flags win over the file
             group["lr"], group["weight_decay"] = self.lr, self.weight_decay
-        if not self.lr_anneal_steps and stored_lr != self.lr:
+        if not (self.lr_anneal_steps or self.optimization.changes_lr) and stored_lr != self.lr:
             logger.log(f"resume: learning rate {self.lr}, was {stored_lr} in {name}")
         if updates and updates != {self.resume_step}:
             self.step = 1  # written inside the loop: the step of that name is done
+
+    def _load_state(self, beside: str) -> None:
+        """Counters, loss scale, sampler and what the log has pending; then the data's position."""
+        name = checkpoint.state_name(self.resume_step)
+        path = checkpoint.find_beside(beside, name) if beside else None
+        state = dist_util.load_state_dict(path, map_location="cpu") if path else {}
+        if path:
+            self.step = state["step"] - self.resume_step
+            self.seconds = state["seconds"]
+            self.lg_loss_scale = state["lg_loss_scale"]
+            self.lr_scale = state["lr_scale"]
+            self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
+            logger.log(f"resume: counters and loss scale restored from {path}")
+        else:
+            logger.log(f"resume: loss scale and counters cold, no file {name}")
+        self.steps_done = self.global_step
+        self.images = state.get("images", self.global_step * self.global_batch)
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self._load_sampler(self.schedule_sampler, state.get("sampler"))
+        logger.rewind(self.global_step)
+        if path and dist_util.get_rank() == 0:  # whose log it is
+            self._pending_losses = [(t, losses) for t, losses in state["pending_losses"]]
+            current = logger.get_current()
+            current.name2val.update(state["log_values"])
+            current.name2cnt.update(state["log_counts"])
+        if isinstance(self.data, Seekable):
+            self.data.seek(self.images)
+            logger.log(f"resume: data restored, goes on after {self.images:,} images")
+        else:
+            logger.log("resume: data cold, as it comes: an iterator without seek(images)")
+
+    def _load_sampler(self, sampler: LossAwareSampler, state: dict[str, Tensor] | None) -> None:
+        try:
+            if state:
+                sampler.load_state_dict(state)
+        except UserError as error:
+            logger.warn(f"resume: history of the schedule sampler cold: {error}")
+            return
+        logger.log(f"resume: history of the schedule sampler {'restored' if state else 'cold'}")
 
     # -- the loop -----------------------------------------------------------------------------
 
     def run_loop(self) -> None:
         """Train to the last step, saving on the way and at the end.
 
-        With $DIFFUSION_TRAINING_TEST set, stop after the first save past step 0.
+        With $DIFFUSION_TRAINING_TEST set, stop after the first save past the first step.
+
+        :raises RunAgain: on every process, after a signal and a save.
+        :raises Diverged: on every process, if losses or gradients stay non-finite.
         """
+        with StopSignals() as signals, self._saver, self._progress() as progress:
+            self._train(signals, progress)
+        dist_util.barrier()  # the last checkpoint is complete for every process
+
+    def _train(self, signals: StopSignals, progress: Progress) -> None:
         first_step = self.step
-        while not self.lr_anneal_steps or self._absolute_step < self.lr_anneal_steps:
-            batch, cond = next(self.data)
+        while not self._done:
+            started = time.monotonic()
+            with progress.waiting():
+                batch, cond = next(self.data)
             self.run_step(batch, cond)
-            if self._absolute_step % self.log_interval == 0:
-                self._flush_losses()
-                logger.dumpkvs()
-            if self._absolute_step % self.save_interval == 0:
-                self.save()
-                if os.environ.get("DIFFUSION_TRAINING_TEST", "") and self.step > first_step:
-                    return
+            progress.step()
+            self.seconds += time.monotonic() - started
+            if self.skipped_in_row >= PATIENCE:
+                self._go_back(batch, cond)
+                continue
+            self._watch()
+            self._write_log(progress)
+            saved = self._save_if_due(signals)
             self.step += 1
+            if signals.received:
+                raise RunAgain(
+                    f"stopped by {signals.received} after step {self.global_step - 1}, which is "
+                    f"saved in {get_blob_logdir()}: the same command goes on from there"
+                )
+            test = os.environ.get("DIFFUSION_TRAINING_TEST", "")
+            if test and saved and self.step > first_step + 1:
+                return
         if self.step == first_step:
-            logger.log(f"nothing to do: {self._absolute_step} of {self.lr_anneal_steps} steps done")
-        elif (self._absolute_step - 1) % self.save_interval:
+            logger.log(f"nothing to do: {self.global_step} of {self.total_steps} steps done")
+        elif self._last_saved != self.global_step - 1:
             self.save()
 
     @property
-    def _absolute_step(self) -> int:
-        return self.step + self.resume_step
+    def _done(self) -> bool:
+        if self.total_steps is not None and self.global_step >= self.total_steps:
+            return True
+        if not self.bounds.train_hours:
+            return False
+        over = dist_util.get_rank() == 0 and self.seconds >= self.bounds.train_hours * 3600
+        return dist_util.any_rank(over)[0]  # by the clock of the first process
+
+    def _progress(self) -> Progress:
+        return Progress(
+            first_step=self.global_step,
+            total_steps=self.total_steps,
+            seconds_left=self.bounds.seconds_left(self.seconds),
+            global_batch=self.global_batch,
+            enabled=dist_util.get_rank() == 0,
+        )
+
+    def _watch(self) -> None:
+        step = self.global_step
+        for watcher in self.watchers:
+            if watcher.interval and step and step % watcher.interval == 0:
+                watcher(self)
+
+    def _write_log(self, progress: Progress) -> None:
+        if self.global_step % self.log_interval == 0:
+            self._flush_losses()
+            progress.report(logger.dumpkvs().get("loss"))
 
     def run_step(self, batch: Batch, cond: Cond) -> None:
         """One update from one batch [N, C, ...] of this process."""
+        if self.seed is not None:  # for dropout and whatever else draws from them
+            seed_everything(self.seed, "training", self.global_step, dist_util.get_rank())
         self.forward_backward(batch, cond)
-        if self.use_fp16:
+        if self._scaled_loss:
             self.optimize_fp16()
         else:
             self.optimize_normal()
+        self.steps_done += 1
+        self.images += self.global_batch
         self.log_step()
 
     def forward_backward(self, batch: Batch, cond: Cond) -> None:
         """Leave the gradient of the batch's mean loss on the model's parameters."""
         zero_grad(self.model_params)
-        device = self.model_params[0].device
-        batch = batch.to(device, non_blocking=True)
-        cond = {key: value.to(device, non_blocking=True) for key, value in cond.items()}
-        for start in range(0, len(batch), self.microbatch):
-            part = slice(start, start + self.microbatch)
-            micro = batch[part]
-            t, weights = self.schedule_sampler.sample(len(micro), device)
-            last = start + self.microbatch >= len(batch)
+        self._timesteps.clear()
+        self._loss_finite = torch.ones((), dtype=torch.bool, device=self.model_params[0].device)
+        for part, micro, micro_cond in self._microbatches(batch, cond):
+            t, weights = self._sample_timesteps(len(micro), part)
+            last = part.stop == len(batch)
             with contextlib.nullcontext() if last else self._no_sync():
-                losses = self.diffusion.training_losses(
-                    self.ddp_model,
-                    micro,
-                    t,
-                    model_kwargs={key: value[part] for key, value in cond.items()},
-                )
+                losses = self._losses(self._network, micro, t, micro_cond, part)
                 # each image weighs the same, however the batch is split
                 loss = (losses["loss"] * weights).sum() / len(batch)
-                if self.use_fp16:
+                self._loss_finite &= loss.isfinite()
+                if self._scaled_loss:
                     loss = loss * 2**self.lg_loss_scale
                 loss.backward()
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
+            self._timesteps.append(t)
             self._pending_losses.append(
                 (t, {key: (value * weights).detach() for key, value in losses.items()})
             )
+
+    def _microbatches(self, batch: Batch, cond: Cond) -> Iterator[tuple[slice, Batch, Cond]]:
+        """Which part of the batch each is, its images and its conditions, on the device."""
+        device = self.model_params[0].device
+        batch = batch.to(device, non_blocking=True)
+        cond = {key: value.to(device, non_blocking=True) for key, value in cond.items()}
+        for start in range(0, len(batch), self.microbatch):
+            part = slice(start, min(start + self.microbatch, len(batch)))
+            yield part, batch[part], {key: value[part] for key, value in cond.items()}
+
+    @property
+    def _draws(self) -> StepDraws | None:
+        """The draws of this step; None without a seed."""
+        if self.seed is None:
+            return None
+        return StepDraws(self.seed, self.global_step, dist_util.get_rank() * self.batch_size)
+
+    def _sample_timesteps(self, count: int, part: slice) -> tuple[Tensor, Tensor]:
+        device, draws = self.model_params[0].device, self._draws
+        if draws is None:
+            return self.schedule_sampler.sample(count, device)
+        return self.schedule_sampler.sample(count, device, uniforms=draws.uniforms(part))
+
+    def _losses(
+        self, network: Model, images: Batch, t: Tensor, cond: Cond, part: slice
+    ) -> dict[str, Tensor]:
+        """The training losses [N] of a microbatch."""
+        draws = self._draws
+        noise = {} if draws is None else {"noise": draws.noise_like(images, part)}
+        return self.diffusion.training_losses(network, images, t, model_kwargs=cond, **noise)
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         """Leave averaging over the processes to a later backward pass."""
@@ -292,55 +524,122 @@ class TrainLoop:
         return contextlib.nullcontext()
 
     def optimize_fp16(self) -> None:
-        """Update the float32 master weights, or lower the loss scale if gradients overflowed."""
-        model_grads_to_master_grads(self.model_params, self.master_params)
-        grad = self.master_params[0].grad
-        assert grad is not None
-        grad.mul_(2**-self.lg_loss_scale)
-        self._anneal_lr()
-        norm = self._log_grad_norm()
-        if not torch.isfinite(norm):  # the one synchronisation of a step; decides whether to update
+        """Undo the loss scale and update, or lower the scale if gradients overflowed."""
+        if self.use_fp16:
+            model_grads_to_master_grads(self.model_params, self.master_params)
+        torch._foreach_mul_(self._gradients(), 2**-self.lg_loss_scale)
+        if self._update_weights():
+            if self.use_fp16:
+                master_params_to_model_params(self.model_params, self.master_params)
+            self.lg_loss_scale += self.fp16_scale_growth
+        else:
             self.lg_loss_scale -= 1
-            logger.log(
-                f"non-finite gradient: log2 of the loss scale lowered to {self.lg_loss_scale}"
-            )
-            return
-        self.opt.step()
-        self._update_ema()
-        master_params_to_model_params(self.model_params, self.master_params)
-        self.lg_loss_scale += self.fp16_scale_growth
+            logger.log(f"log2 of the loss scale lowered to {self.lg_loss_scale}")
 
     def optimize_normal(self) -> None:
         """Update the weights."""
+        self._update_weights()
+
+    def _update_weights(self) -> bool:
+        """One step of the optimiser and the averages; False if it is skipped, on all processes."""
         self._anneal_lr()
-        self._log_grad_norm()
+        norm = self._log_grad_norm()
+        finite = bool(norm.isfinite() & self._loss_finite)  # the one synchronisation of a step
+        if dist_util.any_rank(not finite)[0]:
+            self.skipped += 1
+            self.skipped_in_row += 1
+            logger.log(f"non-finite loss or gradient: step {self.global_step} is skipped")
+            return False
+        self.skipped_in_row = 0
+        if self.optimization.grad_clip:
+            clip_gradients(self._gradients(), norm, self.optimization.grad_clip)
         self.opt.step()
         self._update_ema()
+        return True
 
     def _update_ema(self) -> None:
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            rate = self.optimization.ema_rate(rate, self.global_step)
+            update_ema(params, self.master_params, rate=rate)
+        for width, params in zip(self.posthoc_widths, self.posthoc_params, strict=True):
+            rate = power_rate(self.steps_done + 1 - self.skipped, gamma_of(width))
             update_ema(params, self.master_params, rate=rate)
 
     def _anneal_lr(self) -> None:
-        if self.lr_anneal_steps:
-            left = 1 - self._absolute_step / self.lr_anneal_steps
+        if self.lr_anneal_steps or self.optimization.changes_lr or self.lr_scale != 1:
+            factor = self.optimization.lr_factor(
+                self.global_step, self.lr_anneal_steps, self.total_steps
+            )
             for group in self.opt.param_groups:
-                group["lr"] = self.lr * left
+                group["lr"] = self.lr * factor * self.lr_scale
+
+    def _gradients(self) -> list[Tensor]:
+        return [param.grad for param in self.master_params if param.grad is not None]
+
+    # -- divergence ---------------------------------------------------------------------------
+
+    def _go_back(self, batch: Batch, cond: Cond) -> None:
+        """Go on from the last checkpoint with a lowered rate; the second time, give up.
+
+        :raises Diverged: on every process.
+        """
+        self._saver.wait()
+        reports = dist_util.gather_objects(self._divergence_report(batch, cond))
+        step, layer = self.global_step, reports[0]["first_nonfinite"]
+        path = os.path.join(logger.get_dir() or ".", f"divergence_{step:06d}.json")
+        if dist_util.get_rank() == 0:
+            checkpoint.write_file(path, (json.dumps(reports, indent=1) + "\n").encode())
+        text = f"{PATIENCE} steps in a row up to step {step} had non-finite losses or gradients"
+        text += f", first in {layer}; timesteps and images are in {path}"
+        dist_util.barrier()
+        good = find_resume_checkpoint()
+        if self.lr_scale < 1 or good is None:
+            raise Diverged(f"training diverged: {text}; lower --lr, or try --grad_clip 1")
+        logger.warn(f"{text}; going back once, with {LOWERED_RATE:g} times the learning rate")
+        self._restore(good)
+        self.lr_scale, self.skipped_in_row = LOWERED_RATE, 0
+
+    def _divergence_report(self, batch: Batch, cond: Cond) -> dict[str, Any]:
+        """What this process saw in the last step, as JSON takes it."""
+        losses: list[Tensor] = []
+
+        def compute() -> Tensor:
+            dtype = PRECISIONS[self.optimization.precision or "fp32"]
+            device = self.model_params[0].device.type
+            model = autocast(self.model, dtype, device) if dtype else self.model
+            parts = zip(self._microbatches(batch, cond), self._timesteps, strict=True)
+            for (part, micro, micro_cond), t in parts:
+                losses.append(self._losses(model, micro, t, micro_cond, part)["loss"])
+            return torch.cat(losses)
+
+        with torch.no_grad():
+            layer = first_nonfinite_layer(self.model, compute)
+        first = self.images - self.global_batch + dist_util.get_rank() * self.batch_size
+        known = isinstance(self.data, Seekable)
+        return {
+            "step": self.global_step,
+            "rank": dist_util.get_rank(),
+            "first_nonfinite": layer,
+            "timesteps": torch.cat(self._timesteps).tolist(),
+            "losses": [str(loss) for loss in torch.cat(losses).tolist()] if losses else [],
+            "images": self.data.files(first, len(batch)) if known else [],  # type: ignore
+        }
 
     # -- logging ------------------------------------------------------------------------------
 
     def _log_grad_norm(self) -> Tensor:
-        grads = [param.grad for param in self.master_params if param.grad is not None]
-        norm = nn.utils.get_total_norm(grads)
+        norm = nn.utils.get_total_norm(self._gradients())
         logger.logkv_mean("grad_norm", norm)  # stays on the device until the log is written
         return norm
 
     def log_step(self) -> None:
         """Log the step and the number of images seen by all processes."""
-        logger.logkv("step", self._absolute_step)
-        logger.logkv("samples", (self._absolute_step + 1) * self.global_batch)
-        if self.use_fp16:
+        logger.logkv("step", self.global_step)
+        logger.logkv("samples", self.images)
+        if self._scaled_loss:
             logger.logkv("lg_loss_scale", self.lg_loss_scale)
+        if self.skipped:
+            logger.logkv("skipped_steps", self.skipped)
 
     def _flush_losses(self) -> None:
         """Log the losses since the last time, copied from the device in one go."""
@@ -353,22 +652,69 @@ class TrainLoop:
 
     # -- saving -------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write optimiser, EMAs and model of the current step; the model comes last."""
-        if dist_util.get_rank() == 0:
-            import blobfile as bf
+    def _save_if_due(self, signals: StopSignals) -> bool:
+        """Save at the interval, by the clock of the first process, and after a signal to any."""
+        self._saver.check()
+        by_clock = dist_util.get_rank() == 0 and self._saver.due
+        stop, due = dist_util.any_rank(bool(signals.received), by_clock)
+        if stop and not signals.received:
+            signals.received = "a signal to another process"
+        if not (stop or due or self.global_step % self.save_interval == 0):
+            return False
+        self.save()
+        return True
 
-            folder, step = get_blob_logdir(), self._absolute_step
-            logger.log(f"saving step {step} to {folder}")
-            checkpoint.write_tensors(
-                bf.join(folder, checkpoint.opt_name(step)), self.opt.state_dict()
-            )
-            for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-                state = self._state_dict(params)
-                checkpoint.write_tensors(bf.join(folder, checkpoint.ema_name(rate, step)), state)
-            state = self._state_dict(self.master_params)
-            checkpoint.write_tensors(bf.join(folder, checkpoint.model_name(step)), state)
-        dist_util.barrier()
+    def save(self) -> None:
+        """Write a checkpoint of the current step; inside :meth:`run_loop`, in the background.
+
+        Weights that are not finite are not saved, which a warning says.
+        """
+        step, folder = self.global_step, get_blob_logdir()
+        self._last_saved = step
+        if dist_util.get_rank() == 0:
+            averages = [*self.ema_params, *self.posthoc_params]
+            weights = [param for params in (self.master_params, *averages) for param in params]
+            if all_finite(weights):
+                logger.log(f"saving step {step} to {folder}")
+                self._saver.save(folder, step, self._checkpoint_files(step))
+            else:
+                logger.warn(f"step {step} is not saved: weights or averages are not finite")
+        if not self._saver.in_background:
+            dist_util.barrier()
+
+    def _checkpoint_files(self, step: int) -> dict[str, Any]:
+        files = {
+            checkpoint.state_name(step): self._run_state(),
+            checkpoint.opt_name(step): self.opt.state_dict(),
+        }
+        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
+            files[checkpoint.ema_name(rate, step)] = self._state_dict(params)
+        for width, params in zip(self.posthoc_widths, self.posthoc_params, strict=True):
+            files[checkpoint.posthoc_name(width, step)] = {
+                "updates": self.steps_done - self.skipped,
+                "sigma_rel": width,
+                "weights": self._state_dict(params),
+            }
+        files[checkpoint.model_name(step)] = self._state_dict(self.master_params)
+        return files
+
+    def _run_state(self) -> dict[str, Any]:
+        """What else a run needs to go on exactly."""
+        sampler, current = self.schedule_sampler, logger.get_current()
+        return {
+            "step": self.steps_done,
+            "images": self.images,
+            "seconds": self.seconds,
+            "lg_loss_scale": self.lg_loss_scale,
+            "lr_scale": self.lr_scale,
+            "skipped": self.skipped,
+            "skipped_in_row": self.skipped_in_row,
+            "sampler": sampler.state_dict() if isinstance(sampler, LossAwareSampler) else {},
+            "pending_losses": self._pending_losses,
+            "log_values": {key: _plain(value) for key, value in current.name2val.items()},
+            "log_counts": dict(current.name2cnt),
+            "flags": json.dumps(self.flags),  # with the map of the classes
+        }
 
     def _unflattened(self, master_params: list[nn.Parameter]) -> list[Tensor]:
         if self.use_fp16:
@@ -388,6 +734,26 @@ class TrainLoop:
         names = [name for name, _ in self.model.named_parameters()]
         for name, param in zip(names, self._unflattened(master_params), strict=True):
             param.copy_(state[name])
+
+    @contextlib.contextmanager
+    def averaged_model(self) -> Iterator[nn.Module]:
+        """The model with the first EMA's weights, inside a ``with`` block."""
+        trained = [param.detach().clone() for param in self.model_params]
+        self._fill_model(self._unflattened(self.ema_params[0]))
+        try:
+            yield self.model
+        finally:
+            self._fill_model(trained)
+
+    @torch.no_grad()
+    def _fill_model(self, values: Sequence[Tensor]) -> None:
+        for param, value in zip(self.model_params, values, strict=True):
+            param.copy_(value)
+
+
+def _plain(value: Any) -> Any:
+    """A number or tensor that loads with ``weights_only``."""
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def get_blob_logdir() -> str:

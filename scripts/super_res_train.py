@@ -1,13 +1,13 @@
 """Train a super-resolution model on a folder of images."""
 
-from collections.abc import Iterator
+import functools
 
 import torch.nn.functional as F
 
-from improved_diffusion import dist_util, runs
+from improved_diffusion import dist_util, runs, training_runs
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, ImageSize, height_width, make_parser
-from improved_diffusion.image_datasets import DataOptions
+from improved_diffusion.image_datasets import Batch
 from improved_diffusion.script_util import (
     SuperResOptions,
     args_to_dict,
@@ -15,34 +15,31 @@ from improved_diffusion.script_util import (
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
-from improved_diffusion.train_util import Batch, Cond, TrainOptions
 
 
 def main() -> None:
     flags, given = runs.parse(create_argparser())
     check_sizes(flags["small_size"], flags["large_size"])
-    flags, data = runs.prepare_training(flags, given, size_flag="large_size")
+    flags, data = training_runs.prepare_training(flags, given, size_flag="large_size")
     model, diffusion = sr_create_model_and_diffusion(
         **args_to_dict(flags, sr_model_and_diffusion_defaults())
     )
-    runs.train(model, diffusion, with_low_res(data, flags["small_size"]), flags)
+    with_low_res = functools.partial(add_low_res, small_size=flags["small_size"])
+    training_runs.train(model, diffusion, data.map(with_low_res), flags)
 
 
-def with_low_res(
-    data: Iterator[tuple[Batch, Cond]], small_size: ImageSize
-) -> Iterator[tuple[Batch, Cond]]:
+def add_low_res(batch: Batch, small_size: ImageSize) -> Batch:
     """Add each image shrunk by averaging as "low_res", [N, C, h, w]."""
-    for large, cond in data:
-        large = large.to(dist_util.dev(), non_blocking=True)
-        cond["low_res"] = F.interpolate(large, height_width(small_size), mode="area")
-        yield large, cond
+    large, cond = batch
+    large = large.to(dist_util.dev(), non_blocking=True)
+    low_res = F.interpolate(large, height_width(small_size), mode="area")
+    return large, {**cond, "low_res": low_res}
 
 
 def create_argparser() -> ArgumentParser:
     return make_parser(
         "Train a super-resolution model on a folder of images.",
-        DataOptions,
-        TrainOptions,
+        *training_runs.TRAINING_OPTIONS,
         SuperResOptions,
         runs.RunOptions,
     )

@@ -1,8 +1,5 @@
 """Numbers and messages of a run: where they go, in which form, and what survives a restart."""
 
-import csv
-import io
-import json
 import logging
 import os
 import re
@@ -11,19 +8,11 @@ import sys
 import numpy as np
 import pytest
 import torch
+from test_log_formats import csv_rows, json_rows, tensorboard_points
 
 from improved_diffusion import logger
 from improved_diffusion.errors import UserError
-from improved_diffusion.logger import (
-    CSVOutputFormat,
-    HumanOutputFormat,
-    JSONOutputFormat,
-    KVWriter,
-    Logger,
-    SeqWriter,
-    TensorBoardOutputFormat,
-    make_output_format,
-)
+from improved_diffusion.logger import KVWriter, Logger, SeqWriter
 
 RANKS = ["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID"]
 LOG_SETTINGS = ["OPENAI_LOGDIR", "OPENAI_LOG_FORMAT", "OPENAI_LOG_FORMAT_MPI"]
@@ -43,10 +32,13 @@ class Memory(KVWriter, SeqWriter):
     """Keeps what it is given."""
 
     def __init__(self):
-        self.rows, self.messages, self.closed = [], [], False
+        self.rows, self.messages, self.images, self.closed = [], [], [], False
 
     def writekvs(self, kvs):
         self.rows.append(dict(kvs))
+
+    def writeimage(self, key, image, step):
+        self.images.append((key, image, step))
 
     def writeseq(self, seq):
         self.messages.append(" ".join(map(str, seq)))
@@ -77,287 +69,6 @@ class FakeComm:
     def gather(self, value, root=0):
         self.sent.append(value)
         return [value, *self.others] if self.rank == root else None
-
-
-def csv_rows(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def json_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-# -- tables and messages for people ---------------------------------------------------------------
-
-
-def human(write):
-    stream = io.StringIO()
-    output = HumanOutputFormat(stream)
-    write(output)
-    output.close()
-    return stream.getvalue()  # fails if close() closed the stream
-
-
-def test_table_has_a_row_per_key_in_order():
-    text = human(lambda output: output.writekvs({"step": 10, "loss": 0.123456, "note": "ok"}))
-    assert text.splitlines() == [
-        "----------------",
-        "| loss | 0.123 |",
-        "| note | ok    |",
-        "| step | 10    |",
-        "----------------",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [(1e-5, "1e-05"), (1234567.0, "1.23e+06"), (0.5, "0.5"), (np.float32(2.0), "2"), (-3, "-3")],
-)
-def test_numbers_in_a_table_have_three_digits(value, shown):
-    assert f"| a | {shown} |" in human(lambda output: output.writekvs({"a": value}))
-
-
-def test_long_keys_and_values_of_a_table_are_cut():
-    row = human(lambda output: output.writekvs({"k" * 40: "v" * 40, "a": 1})).splitlines()[2]
-    assert row == f"| {'k' * 27}... | {'v' * 27}... |"
-
-
-def test_keys_that_look_alike_when_cut_keep_a_row_each():
-    text = human(lambda output: output.writekvs({"k" * 40 + "1": 1, "k" * 40 + "2": 2}))
-    assert len(text.splitlines()) == 4
-
-
-def test_empty_table_is_not_written():
-    assert human(lambda output: output.writekvs({})) == ""
-
-
-def test_message_is_its_parts_with_spaces_between():
-    text = human(lambda output: output.writeseq(["step", 3, None, "100% %s {}"]))
-    assert text == "step 3 None 100% %s {}\n"
-
-
-def test_log_file_is_continued(tmp_path):
-    for word in ("first", "second"):
-        output = HumanOutputFormat(str(tmp_path / "log.txt"))
-        output.writeseq([word])
-        output.close()
-    assert (tmp_path / "log.txt").read_text() == "first\nsecond\n"
-
-
-def test_message_is_in_the_file_at_once(tmp_path):
-    """A killed run keeps what it said."""
-    output = HumanOutputFormat(str(tmp_path / "log.txt"))
-    output.writeseq(["first"])
-    assert (tmp_path / "log.txt").read_text() == "first\n"
-    output.close()
-
-
-# -- JSON -----------------------------------------------------------------------------------------
-
-
-def test_json_has_an_object_per_line(tmp_path):
-    output = JSONOutputFormat(str(tmp_path / "a.json"))
-    output.writekvs({"b": 0.25, "a": 1})
-    output.writekvs({"c": "text"})
-    output.close()
-    assert (tmp_path / "a.json").read_text() == '{"a": 1, "b": 0.25}\n{"c": "text"}\n'
-
-
-def test_json_takes_numbers_of_torch_and_numpy(tmp_path):
-    output = JSONOutputFormat(str(tmp_path / "a.json"))
-    output.writekvs({"a": torch.tensor(0.5), "b": np.float32(0.25), "c": np.int64(3)})
-    assert json_rows(tmp_path / "a.json") == [{"a": 0.5, "b": 0.25, "c": 3}]
-
-
-def test_json_is_continued(tmp_path):
-    for step in (1, 2):
-        JSONOutputFormat(str(tmp_path / "a.json")).writekvs({"step": step})
-    assert json_rows(tmp_path / "a.json") == [{"step": 1}, {"step": 2}]
-
-
-def test_line_of_json_that_a_crash_cut_off_does_not_spoil_the_next(tmp_path):
-    path = tmp_path / "a.json"
-    path.write_text('{"step": 1}\n{"st')
-    JSONOutputFormat(str(path)).writekvs({"step": 3})
-    assert json.loads(path.read_text().splitlines()[-1]) == {"step": 3}
-
-
-# -- CSV ------------------------------------------------------------------------------------------
-
-
-def test_csv_has_a_column_per_key_in_order(tmp_path):
-    output = CSVOutputFormat(str(tmp_path / "a.csv"))
-    output.writekvs({"step": 1, "loss": 0.5, "a": "x"})
-    output.writekvs({"a": "y", "loss": 0.25, "step": 2})
-    output.close()
-    assert (tmp_path / "a.csv").read_text().split() == ["a,loss,step", "x,0.5,1", "y,0.25,2"]
-
-
-def test_new_columns_extend_the_csv_and_keep_old_rows(tmp_path):
-    output = CSVOutputFormat(str(tmp_path / "a.csv"))
-    output.writekvs({"step": 1, "loss": 0.5})
-    output.writekvs({"step": 2, "loss": 0.25, "grad": 3, "acc": 4})
-    output.writekvs({"step": 3})
-    assert csv_rows(tmp_path / "a.csv") == [
-        {"loss": "0.5", "step": "1", "acc": "", "grad": ""},
-        {"loss": "0.25", "step": "2", "acc": "4", "grad": "3"},
-        {"loss": "", "step": "3", "acc": "", "grad": ""},
-    ]
-    header = (tmp_path / "a.csv").read_text().splitlines()[0]
-    assert header == "loss,step,acc,grad"  # old columns keep their place
-    assert os.listdir(tmp_path) == ["a.csv"]
-
-
-def test_csv_is_continued_after_reopening(tmp_path):
-    path = tmp_path / "a.csv"
-    CSVOutputFormat(str(path)).writekvs({"b": 1, "a": 2})
-    output = CSVOutputFormat(str(path))
-    output.writekvs({"a": 4, "b": 3})
-    output.writekvs({"b": 5})
-    assert path.read_text().split() == ["a,b", "2,1", "4,3", ",5"]
-
-
-def test_new_columns_extend_a_reopened_csv(tmp_path):
-    path = tmp_path / "a.csv"
-    CSVOutputFormat(str(path)).writekvs({"b": 1, "d": 2})
-    CSVOutputFormat(str(path)).writekvs({"a": 3, "b": 4, "c": 5})
-    CSVOutputFormat(str(path)).writekvs({"d": 6})
-    assert path.read_text().split() == ["b,d,a,c", "1,2,,", "4,,3,5", ",6,,"]
-
-
-def test_empty_csv_gets_its_header(tmp_path):
-    (tmp_path / "a.csv").write_text("")
-    CSVOutputFormat(str(tmp_path / "a.csv")).writekvs({"a": 1})
-    assert csv_rows(tmp_path / "a.csv") == [{"a": "1"}]
-
-
-def test_text_with_commas_quotes_and_line_ends_survives_in_a_csv(tmp_path):
-    output = CSVOutputFormat(str(tmp_path / "a.csv"))
-    output.writekvs({"text": 'a,"b"\nc', "k,1": 1})
-    output.writekvs({"new": 2})
-    assert csv_rows(tmp_path / "a.csv")[0] == {"text": 'a,"b"\nc', "k,1": "1", "new": ""}
-
-
-def test_crash_while_the_csv_is_extended_keeps_the_old_one(tmp_path, monkeypatch):
-    output = CSVOutputFormat(str(tmp_path / "a.csv"))
-    output.writekvs({"a": 1})
-
-    def fail(*args):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        output.writekvs({"a": 2, "b": 3})
-    assert csv_rows(tmp_path / "a.csv") == [{"a": "1"}]
-
-
-def test_row_of_a_csv_that_a_crash_cut_off_does_not_spoil_the_next(tmp_path):
-    path = tmp_path / "a.csv"
-    path.write_text("a,b\n1,2\n3,")
-    output = CSVOutputFormat(str(path))
-    output.writekvs({"a": 5, "b": 6})
-    output.writekvs({"a": 7, "b": 8, "c": 9})
-    rows = csv_rows(path)
-    assert rows[0] == {"a": "1", "b": "2", "c": ""}
-    assert rows[-2:] == [{"a": "5", "b": "6", "c": ""}, {"a": "7", "b": "8", "c": "9"}]
-
-
-# -- TensorBoard ----------------------------------------------------------------------------------
-
-
-def tensorboard_points(folder):
-    """Key -> [(step, value)] as TensorBoard reads them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {
-        key: [(event.step, event.value) for event in events.Scalars(key)]
-        for key in events.Tags()["scalars"]
-    }
-
-
-def test_tensorboard_reads_back_each_number_at_its_step(tmp_path):
-    output = make_output_format("tensorboard", str(tmp_path))
-    output.writekvs({"step": 10, "loss": 0.5, "grad/norm": 3})
-    output.writekvs({"step": 25, "loss": torch.tensor(0.25)})
-    output.close()
-    points = tensorboard_points(tmp_path / "tb")
-    assert points["loss"] == [(10, 0.5), (25, 0.25)]
-    assert points["grad/norm"] == [(10, 3.0)]
-    assert points["step"] == [(10, 10.0), (25, 25.0)]
-
-
-def test_tensorboard_counts_rows_without_a_step(tmp_path):
-    output = TensorBoardOutputFormat(str(tmp_path))
-    output.writekvs({"loss": 1})
-    output.writekvs({"loss": 2})
-    output.writekvs({"loss": 3, "step": 7})
-    output.writekvs({"loss": 4})
-    output.close()
-    assert tensorboard_points(tmp_path)["loss"] == [(1, 1), (2, 2), (7, 3), (8, 4)]
-
-
-def test_tensorboard_has_a_row_at_once(tmp_path):
-    """Curves of a running training can be looked at."""
-    output = TensorBoardOutputFormat(str(tmp_path))
-    output.writekvs({"loss": 1, "step": 1})
-    assert tensorboard_points(tmp_path)["loss"] == [(1, 1)]
-    output.close()
-
-
-def test_missing_tensorboard_is_an_error_that_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    with pytest.raises(UserError, match=re.escape("improved-diffusion[tensorboard]")) as error:
-        make_output_format("tensorboard", str(tmp_path))
-    assert "\n" not in str(error.value)
-
-
-# -- outputs by name ------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("format", "name"),
-    [
-        ("log", "log.txt"),
-        ("json", "progress.json"),
-        ("csv", "progress.csv"),
-        ("tensorboard", "tb"),
-    ],
-)
-@pytest.mark.parametrize("suffix", ["", "-rank001"])
-def test_output_by_name_writes_its_file(tmp_path, format, name, suffix):
-    folder = tmp_path / "new" / "run"
-    output = make_output_format(format, str(folder), suffix)
-    output.writekvs({"a": 1})
-    output.close()
-    stem, dot, ending = name.partition(".")
-    assert os.listdir(folder) == [stem + suffix + dot + ending]
-
-
-def test_stdout_gets_table_and_message(tmp_path, capsys):
-    output = make_output_format("stdout", str(tmp_path))
-    output.writekvs({"a": 1})
-    output.writeseq(["hello", 2])
-    output.close()
-    assert capsys.readouterr().out.splitlines()[1:] == ["| a | 1 |", "---------", "hello 2"]
-    print("still open")
-    assert os.listdir(tmp_path) == []
-
-
-def test_unknown_output_is_an_error_that_names_the_choices(tmp_path):
-    with pytest.raises(ValueError, match="'jsn'") as error:
-        make_output_format("jsn", str(tmp_path))
-    for name in ("stdout", "log", "json", "csv", "tensorboard"):
-        assert name in str(error.value)
-
-
-def test_unknown_output_in_the_environment_is_a_users_mistake(tmp_path, monkeypatch):
-    """So that a script ends with a line instead of a traceback."""
-    monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,jsn")
-    with pytest.raises(UserError, match="'jsn'"):
-        logger.configure(dir=str(tmp_path))
 
 
 # -- numbers --------------------------------------------------------------------------------------
@@ -437,6 +148,29 @@ def test_tensors_reach_every_file_as_numbers(tmp_path):
     assert csv_rows(tmp_path / "progress.csv") == [{"loss": "0.5", "mean": "1.5", "step": "3"}]
     assert "| loss | 0.5 |" in (tmp_path / "log.txt").read_text()
     assert tensorboard_points(tmp_path / "tb")["mean"] == [(3, 1.5)]
+
+
+@pytest.mark.parametrize(
+    "value", [torch.zeros(4), torch.zeros(2, 1, 2), np.zeros(3), torch.zeros(0)]
+)
+@pytest.mark.parametrize("logkv", [logger.logkv, logger.logkv_mean])
+def test_tensor_of_several_elements_is_an_error_that_names_its_key(memory, logkv, value):
+    logger.logkv("step", 1)
+    logkv("loss", value)
+    shape = tuple(value.shape)
+    message = f"logkv('loss', ...): one number is needed, not a tensor of shape {shape}"
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
+        logger.dumpkvs()
+    assert memory.rows == []
+
+
+def test_image_reaches_every_output_unless_disabled(memory):
+    image = np.zeros([2, 3, 3], dtype=np.uint8)
+    logger.get_current().output_formats.append(NumbersOnly())  # has no idea of images
+    logger.logimage("samples", image, 5)
+    logger.set_level(logger.DISABLED)
+    logger.logimage("samples", image, 6)
+    assert memory.images == [("samples", image, 5)]
 
 
 def test_older_names_of_logkv_and_dumpkvs(memory):
@@ -638,6 +372,80 @@ def test_restarted_run_continues_its_files(tmp_path):
     assert csv_rows(tmp_path / "progress.csv") == [{"step": "1"}, {"step": "2"}]
     assert json_rows(tmp_path / "progress.json") == [{"step": 1}, {"step": 2}]
     assert (tmp_path / "log.txt").read_text().count("Logging to") == 2
+
+
+def test_unknown_output_in_the_environment_is_a_users_mistake(tmp_path, monkeypatch):
+    """So that a script ends with a line instead of a traceback."""
+    monkeypatch.setenv("OPENAI_LOG_FORMAT", "stdout,jsn")
+    with pytest.raises(UserError, match="'jsn'"):
+        logger.configure(dir=str(tmp_path))
+
+
+# -- rewinding ------------------------------------------------------------------------------------
+
+
+def log_rows(steps):
+    """Like a training run whose numbers depend on the step; two of them come late."""
+    for step in steps:
+        logger.logkv("step", step)
+        logger.logkv_mean("loss", 1 / (step + 3))
+        if step >= 30:
+            logger.logkv("grad", step / 7)
+        if step >= 50:
+            logger.logkv("eval", step / 9)
+        logger.dumpkvs()
+
+
+@pytest.mark.parametrize("resumed", [0, 10, 20, 30, 40, 50, 60, 70])
+@pytest.mark.parametrize("killed", [10, 30, 40, 60, 70])
+def test_killed_and_resumed_run_leaves_the_files_of_an_uninterrupted_one(tmp_path, resumed, killed):
+    formats = ["csv", "json"]
+    with logger.scoped_configure(dir=str(tmp_path / "whole"), format_strs=formats):
+        log_rows(range(0, 80, 10))
+    with logger.scoped_configure(dir=str(tmp_path / "killed"), format_strs=formats):
+        log_rows(range(0, killed, 10))
+    first = min(resumed, killed)
+    with logger.scoped_configure(dir=str(tmp_path / "killed"), format_strs=formats):
+        logger.rewind(first)
+        log_rows(range(first, 80, 10))
+    for name in ("progress.csv", "progress.json"):
+        whole = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "killed" / name).read_bytes() == whole
+    assert len(os.listdir(tmp_path / "killed")) == 2
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        (20, "progress.csv: 3 rows from step 20 on dropped, they come again"),
+        (31, "progress.csv: 1 row from step 31 on dropped, it comes again"),
+        (41, None),
+    ],
+)
+def test_rewinding_tells_how_many_rows_were_dropped(tmp_path, step, message):
+    logger.configure(dir=str(tmp_path), format_strs=["log", "csv", "json"])
+    log_rows([0, 20, 30, 40])
+    before = (tmp_path / "log.txt").read_text()
+    dropped = logger.rewind(step)
+    assert dropped == {20: 3, 31: 1, 41: 0}[step]
+    said = (tmp_path / "log.txt").read_text().removeprefix(before)  # what it held is still there
+    assert said == (f"{message}\n" if message else "")
+    assert len(csv_rows(tmp_path / "progress.csv")) == 4 - dropped
+    assert len(json_rows(tmp_path / "progress.json")) == 4 - dropped
+
+
+def test_rewinding_forgets_what_was_logged_but_not_dumped(memory):
+    logger.logkv("a", 1)
+    logger.logkv_mean("b", 2.0)
+    assert logger.rewind(0) == 0
+    logger.logkv_mean("b", 4.0)
+    assert logger.dumpkvs() == {"b": 4.0}
+
+
+def test_rewinding_a_new_run_does_nothing(tmp_path):
+    logger.configure(dir=str(tmp_path), format_strs=["csv", "json", "log"])
+    assert logger.rewind(0) == 0
+    assert os.listdir(tmp_path) == ["log.txt"]
 
 
 # -- the current logger ---------------------------------------------------------------------------

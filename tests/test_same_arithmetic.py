@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from golden_data import load_json
-from toy import STEPS, batches, make_diffusion, make_model
+from toy import batches, make_diffusion, make_model
 
 from improved_diffusion import logger
 from improved_diffusion.resample import create_named_schedule_sampler

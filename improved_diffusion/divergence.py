@@ -1,0 +1,53 @@
+"""When losses or gradients are not finite: counting, and finding out where it began."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+PATIENCE = 20  # steps in a row that may be skipped before the run goes back
+LOWERED_RATE = 0.1  # factor of the learning rate after going back
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Whether every element is finite; one synchronisation."""
+    checks = [tensor.isfinite().all() for tensor in tensors]
+    return bool(torch.stack(checks).all()) if checks else True
+
+
+def first_nonfinite_layer(model: nn.Module, compute: Callable[[], Tensor]) -> str:
+    """The first layer, in the order of computation, whose output is not finite.
+
+    :param compute: computes the loss [N] with the model.
+    :return: its name and kind; or what else is not finite: a weight, the loss, a gradient.
+    """
+    for name, param in model.named_parameters():
+        if not param.isfinite().all():
+            return f"the weights of {name}"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            if not found and isinstance(output, Tensor) and not output.isfinite().all():
+                found.append(f"the output of {name or 'the network'} ({type(module).__name__})")
+
+        return hook
+
+    hooks = [module.register_forward_hook(look(name)) for name, module in model.named_modules()]
+    try:
+        loss = compute()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    if found:
+        return found[0]
+    if not loss.isfinite().all():
+        return "the loss, from a finite output of the network"
+    # Gradients flow backwards: the last parameter in the order of computation is hit first
+    for name, param in reversed(list(model.named_parameters())):
+        if param.grad is not None and not param.grad.isfinite().all():
+            return f"the gradient of {name}"
+    return "nothing in a second pass over the same batch"

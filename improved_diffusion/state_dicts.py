@@ -1,0 +1,117 @@
+"""Does a state dict fit a network; if not, which flags differ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from . import dist_util
+from .errors import UserError
+
+
+def load_model(model: nn.Module, path: str) -> None:
+    """Load a checkpoint into a model, on every process.
+
+    :raises ValueError: naming the flags or the keys that differ, if it does not fit; see also
+        :func:`.dist_util.load_state_dict`.
+    """
+    state = dist_util.load_state_dict(path, map_location="cpu")
+    check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_fit(model: nn.Module, state: Any, path: str) -> None:
+    """Check that a checkpoint belongs to a model.
+
+    :raises ValueError: unless ``state`` has exactly the keys and shapes of the model.
+    """
+    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise UserError(f"checkpoint '{path}' is no state dict of a model: {_contents(state)}")
+    theirs = {key: tuple(value.shape) for key, value in state.items()}
+    ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    if theirs == ours:
+        return
+    here, there = describe_network(ours), describe_network(theirs)
+    different = [
+        f"{name} {here[name]} here, {there[name]} in the checkpoint"
+        for name in here
+        if name in there and here[name] != there[name]
+    ]
+    if different:
+        raise UserError(f"checkpoint '{path}' does not fit the flags: {'; '.join(different)}")
+    if all(key.startswith("module.") for key in theirs):
+        raise UserError(
+            f"checkpoint '{path}' was saved from a wrapped model: remove 'module.' from its keys"
+        )
+    wrong = sorted(key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key))
+    raise UserError(
+        f"checkpoint '{path}' does not fit the model: {len(wrong)} keys are missing, unknown or of "
+        f"another shape, such as {', '.join(wrong[:3])}"
+    )
+
+
+def _contents(state: Any) -> str:
+    """What a file holds that is no state dict of a model."""
+    if not isinstance(state, Mapping):
+        return f"it holds a {type(state).__name__}"
+    if "param_groups" in state:
+        return "it is an optimiser's file; the weights are in model*.pt and ema_*.pt"
+    return f"it holds {', '.join(map(str, list(state)[:5]))}; save the state dict alone"
+
+
+def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """What the keys and shapes of a U-Net's state dict tell; {} for another network.
+
+    :return: the flag, or what it decides -> value.
+    """
+    try:
+        num_channels = shapes["time_embed.0.weight"][1]
+        inputs = shapes["input_blocks.0.0.weight"][1]
+        outputs = shapes["out.2.bias"][0]
+        embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
+        first_width = shapes["input_blocks.1.0.in_layers.2.bias"][0]
+        blocks = _input_blocks(shapes)
+        levels = 1 + max(block.level for block in blocks)
+        widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
+    except (KeyError, IndexError, StopIteration):
+        return {}
+    about = {
+        "--num_channels": num_channels,
+        "--channel_mult": ",".join(f"{width / num_channels:g}" for width in widths),
+        "--num_res_blocks": len(blocks) // levels,
+        "levels of attention (--attention_resolutions)": sorted(
+            {block.level for block in blocks if block.attends}
+        ),
+        "--use_scale_shift_norm": embedding == 2 * first_width,
+        "--class_cond": "label_emb.weight" in shapes,
+        "input channels (--channels, doubled by super-resolution)": inputs,
+        "output channels (--channels, doubled by --learn_sigma)": outputs,
+    }
+    if about["--class_cond"]:
+        about["--num_classes"] = shapes["label_emb.weight"][0]
+    return about
+
+
+class _ResBlockShape(NamedTuple):
+    level: int
+    width: int
+    attends: bool
+
+
+def _input_blocks(shapes: Mapping[str, tuple[int, ...]]) -> list[_ResBlockShape]:
+    """The residual blocks on the way down; a block that is none of them halves the size.
+
+    Downsampling by pooling has no weights, and so no keys.
+    """
+    indices = {int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks.")}
+    blocks, level = [], 0
+    for i in range(1, max(indices) + 1):
+        width = shapes.get(f"input_blocks.{i}.0.in_layers.2.bias")
+        if width is None:
+            level += 1
+        else:
+            attends = f"input_blocks.{i}.1.qkv.weight" in shapes
+            blocks.append(_ResBlockShape(level, width[0], attends))
+    return blocks

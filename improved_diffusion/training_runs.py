@@ -1,0 +1,298 @@
+"""What the training scripts share: from the flags to data, checks, watchers and the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import default_collate
+
+from . import checkpoint, dist_util, logger, state_dicts
+from .errors import UserError
+from .flags import pick
+from .gaussian_diffusion import GaussianDiffusion
+from .image_datasets import (
+    Batch,
+    DataOptions,
+    ImageDataset,
+    ImageList,
+    ImageStream,
+    list_images,
+    load_data,
+    load_once,
+)
+from .optimization import OptimizationOptions, check_precision
+from .previews import Previews
+from .resample import create_named_schedule_sampler
+from .runs import Flags, announce, check_class_names, inherit, relabel, set_up, store_flags
+from .saving import SavingOptions
+from .script_util import ModelAndDiffusionOptions, SuperResOptions
+from .stopping import Bounds
+from .train_util import TrainLoop, TrainOptions, Watcher, get_blob_logdir
+from .validation import Validation, hold_out, spread_out
+from .watching import PreviewWatcher, ValidationWatcher, WatchOptions, keep_random_state
+
+log = logging.getLogger(__name__)
+
+MANY_DIFFUSION_STEPS = 4000  # the most that IDDPM uses
+PREVIEW_STEPS = 50
+PREVIEW_IMAGES = 25
+REFERENCE_IMAGES = 256
+
+TRAINING_OPTIONS = (
+    DataOptions,
+    TrainOptions,
+    Bounds,
+    OptimizationOptions,
+    SavingOptions,
+    WatchOptions,
+)
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The images of a run: an endless stream to train on, and those to look at on the way."""
+
+    stream: ImageStream
+    training: ImageList
+    validation: ImageList | None
+    size_flag: str
+
+    def map(self, transform: Callable[[Batch], Batch]) -> TrainingData:
+        """Change every batch, of training and of validation, by a function."""
+        self.stream.map(transform)
+        return self
+
+
+def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Flags, TrainingData]:
+    """Check everything that can be checked before the run folder is made.
+
+    :param size_flag: the flag that holds the size of the images to load.
+    :return: the flags with the folder, inherited values and the number of classes filled in; and
+        the data.
+    """
+    for options in TRAINING_OPTIONS:
+        pick(options, flags)  # says what is wrong with them
+    flags = {**flags, "log_dir": set_up(flags)}
+    flags = _with_checkpoint(flags, given)
+    train, source, watch = (pick(o, flags) for o in (TrainOptions, DataOptions, WatchOptions))
+    images = list_images(source.data_dir, flags["class_cond"], source.labels_from)
+    flags = _with_classes(flags, images)
+    training, validation = images, None
+    if watch.val_fraction:
+        training, validation = hold_out(images, watch.val_fraction)
+    elif watch.val_data_dir:
+        validation = list_images(
+            watch.val_data_dir, flags["class_cond"], source.labels_from, "val_data_dir"
+        )
+        validation = relabel(validation, flags.get("class_names", []))
+    stream = load_data(
+        data_dir=source.data_dir,
+        batch_size=train.batch_size,
+        image_size=flags[size_flag],
+        class_cond=flags["class_cond"],
+        images=training,
+        channels=flags["channels"],
+        num_workers=source.num_workers,
+        seed=flags["seed"],
+    )
+    check_precision(pick(OptimizationOptions, flags), train.use_fp16, dist_util.dev())
+    total = pick(Bounds, flags).total_steps(
+        train.lr_anneal_steps, train.batch_size * dist_util.get_world_size()
+    )
+    pick(OptimizationOptions, flags).lr_factor(0, train.lr_anneal_steps, total)
+    return flags, TrainingData(stream, training, validation, size_flag)
+
+
+def _with_checkpoint(flags: Flags, given: set[str]) -> Flags:
+    """Fill in what the checkpoint to go on from settles.
+
+    The run folder's own newest checkpoint wins over one named outside of it, if the run began
+    there; one named in the run folder wins over later ones.
+
+    :return: the flags; ``resume_checkpoint`` is a model file or empty, ``began_from`` what was
+        given.
+    """
+    folder = os.environ.get("DIFFUSION_BLOB_LOGDIR") or flags["log_dir"]
+    named, own = flags["resume_checkpoint"], checkpoint.find_newest_model(folder)
+    stored = checkpoint.load_config(folder) if own else {}
+    continued = own
+    if named and stored.get("began_from") == named:
+        log.info(f"this run began from {named} and goes on from {own}")
+    elif named:
+        continued = checkpoint.locate(named)
+        if own and os.path.dirname(os.path.abspath(continued)) != os.path.abspath(folder):
+            raise UserError(
+                f"--resume_checkpoint {named}: '{folder}' holds another run already, at "
+                f"{os.path.basename(own)}: leave the flag out to go on with that one, or name "
+                "another --log_dir"
+            )
+    if continued:
+        flags = inherit(flags, given, os.path.dirname(continued))
+    if own:  # the flags stored there must go on fitting what lies there
+        inherit(flags, set(flags), folder)
+        _tell_changes(flags, stored)
+    return {**flags, "resume_checkpoint": continued or "", "began_from": named}
+
+
+def _tell_changes(flags: Flags, stored: Flags) -> None:
+    """Say which flags of training differ from those of the last sitting."""
+    names = {field.name for cls in TRAINING_OPTIONS for field in dataclasses.fields(cls)}
+    names = (names | {"seed"}) - {"resume_checkpoint"}
+    changed = [
+        f"--{name} {flags[name]} (was {stored[name]})"
+        for name in sorted(names & stored.keys())
+        if flags[name] != stored[name]
+    ]
+    if changed:
+        log.info(f"flags that changed since the last sitting: {', '.join(changed)}")
+
+
+def _with_classes(flags: Flags, images: ImageList) -> Flags:
+    """Fill in the number of classes and their names, from the data.
+
+    :raises ValueError: if the data has more classes than the model, or not those of the run that
+        is continued.
+    """
+    if not flags["class_cond"]:
+        return flags
+    found, wanted = list(images.class_names), flags["num_classes"] or len(images.class_names)
+    if len(found) == len(images.paths) > 1:
+        raise UserError(
+            f"--class_cond True: each of the {len(found)} images would be a class of its own; name "
+            "files CLASS_anything, or put each class into a folder and give --labels_from folder"
+        )
+    if len(found) > wanted:
+        raise UserError(
+            f"the data has {len(found)} classes ({', '.join(found[:5])}, ...), more than "
+            f"--num_classes {wanted}"
+        )
+    check_class_names(flags, images)
+    return {**flags, "num_classes": wanted, "class_names": found}
+
+
+def train(
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    data: TrainingData,
+    flags: Flags,
+) -> None:
+    """Open the run folder and train in it."""
+    options = pick(TrainOptions, flags)
+    if options.resume_checkpoint:  # fails before anything is written
+        state_dicts.load_model(model, options.resume_checkpoint)
+    logger.configure(dir=flags["log_dir"])
+    model.to(dist_util.dev())
+    arguments = dataclasses.asdict(options)
+    arguments["schedule_sampler"] = create_named_schedule_sampler(
+        options.schedule_sampler, diffusion
+    )
+    loop = TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=data.stream,
+        seed=flags["seed"],
+        bounds=pick(Bounds, flags),
+        optimization=pick(OptimizationOptions, flags),
+        saving=pick(SavingOptions, flags),
+        watchers=_watchers(diffusion, data, flags),
+        flags=flags,
+        **arguments,
+    )
+    store_flags(get_blob_logdir(), {**flags, "resume_checkpoint": ""}, checkpoint.CONFIG)
+    announce(flags)
+    _describe(loop, data, flags)
+    loop.run_loop()
+    logger.log(f"training complete; checkpoints are in {get_blob_logdir()}")
+
+
+def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
+    """The first lines of a run: what is trained on what, and for how long."""
+    parameters = sum(param.numel() for param in loop.model.parameters())
+    classes = f", {len(flags['class_names'])} classes" if flags["class_cond"] else ""
+    held_out = f", {len(data.validation.paths):,} for validation" if data.validation else ""
+    precision = flags["precision"] or ("fp16" if flags["use_fp16"] else "fp32")
+    logger.log(
+        f"{parameters:,} parameters in {precision}, {len(data.training.paths):,} images{classes}"
+        f"{held_out}"
+    )
+    world, parts = dist_util.get_world_size(), -(-loop.batch_size // loop.microbatch)
+    last = f" (the last: {loop.batch_size % loop.microbatch})"
+    logger.log(
+        f"{world} process{'es' if world > 1 else ''} x {parts} microbatch"
+        f"{'es' if parts > 1 else ''} x {min(loop.batch_size, loop.microbatch)}"
+        f"{last if loop.batch_size % loop.microbatch else ''} = global batch of "
+        f"{loop.global_batch}; {loop.bounds.describe(loop.total_steps)}"
+    )
+    if flags["diffusion_steps"] > MANY_DIFFUSION_STEPS:
+        logger.warn(
+            f"--diffusion_steps {flags['diffusion_steps']} is the number of noising steps; the "
+            "length of training is --train_steps or --lr_anneal_steps"
+        )
+
+
+def _watchers(diffusion: GaussianDiffusion, data: TrainingData, flags: Flags) -> list[Watcher]:
+    """What looks at the run on the way."""
+    watch = pick(WatchOptions, flags)
+    load = functools.partial(_load_fixed, data=data, flags=flags)
+    watchers: list[Watcher] = []
+    if data.validation:
+        chosen = spread_out(data.validation, watch.val_images)
+        batches = load(chosen)  # once; they are the same each time
+        validation = Validation(diffusion, lambda: batches, len(chosen.paths))
+        watchers.append(ValidationWatcher(validation, watch.val_interval))
+    if watch.sample_interval:
+        reference = load(spread_out(data.training, REFERENCE_IMAGES), whole=True)
+        shown = load(spread_out(data.training, PREVIEW_IMAGES), whole=True)
+        previews = _previews(reference, shown, flags)
+        watchers.append(PreviewWatcher(previews, watch.sample_interval))
+    return watchers
+
+
+FixedBatch = tuple[Tensor, dict[str, Tensor], list[int]]
+
+
+def _load_fixed(
+    images: ImageList, data: TrainingData, flags: Flags, whole: bool = False
+) -> list[FixedBatch]:
+    """This process's share of fixed images, as batches with the images' indices.
+
+    :param whole: all images on every process.
+    """
+    size, channels = flags[data.size_flag], flags["channels"]
+    with keep_random_state():
+        if whole:
+            indices = list(range(len(images.paths)))
+            dataset = ImageDataset(size, images.paths, images.classes, channels=channels)
+            batch, cond = default_collate([dataset[i] for i in indices])
+            loaded = [(batch, cond, indices)]
+        else:
+            loaded = list(
+                load_once(
+                    images,
+                    len(images.paths),
+                    flags["batch_size"],
+                    size,
+                    channels=channels,
+                    num_workers=0,
+                )
+            )
+        return [(*data.stream.transform((batch, cond)), indices) for batch, cond, indices in loaded]
+
+
+def _previews(reference: list[FixedBatch], shown: list[FixedBatch], flags: Flags) -> Previews:
+    """Previews under the conditions of images of the training set, classes in turn."""
+    options = SuperResOptions if "large_size" in flags else ModelAndDiffusionOptions
+    steps = str(min(PREVIEW_STEPS, flags["diffusion_steps"]))
+    diffusion = pick(options, {**flags, "timestep_respacing": steps}).diffusion()
+    ((images, _, _),) = reference
+    ((_, cond, indices),) = shown
+    if "y" in cond:
+        cond["y"] = torch.arange(len(indices)) % flags["num_classes"]
+    return Previews(diffusion, images.shape[1:], cond, images, len(indices), flags["batch_size"])

@@ -1,0 +1,185 @@
+"""Loss and bound on fixed images with fixed noise and timesteps, to compare runs point by point.
+
+DDPM: arXiv 2006.11239.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from . import dist_util
+from .errors import UserError
+from .gaussian_diffusion import GaussianDiffusion
+from .image_datasets import ImageList
+from .rng import randn_like, sample_generators
+
+BOUND_STRATA = 8  # model evaluations per image for the bound, besides that at t = 0
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 spread any stretch of them evenly
+
+Batches = Iterable[tuple[Tensor, dict[str, Tensor], list[int]]]
+
+
+class Validation:
+    """The training loss and the variational bound of the same images in the same way each time.
+
+    Noise and timesteps depend on the index of an image and on the number of images; not on the
+    run's seed, the batch size or the number of processes.
+
+    *The loss* is taken at one timestep per image. The n timesteps are the midpoints of n equal
+    parts of 0 ... T - 1, given out so that neighbouring images, which often show one class, lie
+    far apart.
+
+    *The bound*, DDPM eq. 5, is the prior's term + L_0 + the sum of L_t over t = 1 ... T - 1. The
+    first two are evaluated for every image. The sum is estimated from one t of each of 8 strata
+    times the stratum's width, which grows with t as the terms fall. The images take the timesteps
+    of a stratum in turn, so that together they cover it. From the bound of the same images at
+    every timestep, :func:`.estimate_bound`, this differs by the error of that quadrature (about
+    0.01 bits/dim for 256 images of 8x8 and T = 1000, at a hundredth of the cost) and by the draw
+    of the noise. For T <= 9 every timestep is used, and the noise alone differs.
+
+    :param diffusion: gives losses and terms of the bound.
+    :param batches: starts a pass over this process's share of the images; see
+        :func:`.load_once`: (float [N, C, ...] in [-1, 1], arguments of the model [N, ...], indices
+        of the images among those of all processes).
+    :param num_images: n, of all processes together; indices are below it.
+    """
+
+    def __init__(
+        self, diffusion: GaussianDiffusion, batches: Callable[[], Batches], num_images: int
+    ) -> None:
+        if num_images < 1:
+            raise ValueError(f"validation needs at least 1 image, not {num_images}")
+        self.diffusion = diffusion
+        self.batches = batches
+        self.num_images = num_images
+        self.strata = bound_strata(diffusion.num_timesteps)
+        # image -> its turn: a permutation of 0 ... n - 1
+        self._turns = np.argsort(np.argsort(np.arange(num_images) * GOLDEN_RATIO % 1))
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """Evaluate a model; every process must call this, and gets the result of all.
+
+        :param model: see :class:`.GaussianDiffusion`; in evaluation mode for the time being.
+        :return: "loss", its means "loss_q0" ... "loss_q3" over the quarters of the timesteps
+            (without those that no image falls into), and "bpd", the bound in bits/dim.
+        """
+        device = dist_util.dev()
+        # float64: sums over many images. Sum and count: the loss by quarter, then the bound
+        sums = torch.zeros(5, 2, dtype=torch.float64, device=device)
+        with evaluating(model):
+            for images, cond, indices in self.batches():
+                if indices:
+                    kwargs = {key: value.to(device) for key, value in cond.items()}
+                    self._add(sums, model, images.to(device), kwargs, indices)
+        if dist_util.get_world_size() > 1:
+            dist.all_reduce(sums)
+        *quarters, (bound, count) = sums.tolist()
+        return {
+            "loss": sum(loss for loss, _ in quarters) / count,
+            **{f"loss_q{i}": loss / part for i, (loss, part) in enumerate(quarters) if part},
+            "bpd": bound / count,
+        }
+
+    def _add(
+        self,
+        sums: Tensor,
+        model: nn.Module,
+        x_start: Tensor,
+        model_kwargs: dict[str, Tensor],
+        indices: list[int],
+    ) -> None:
+        """Add a batch [N, C, ...] of this process to the sums [5, 2], in place."""
+        generators = sample_generators(0, indices, "validation")
+        turns = torch.from_numpy(self._turns[indices]).to(x_start.device)  # [N]
+        t = self._spread(turns, 0, self.diffusion.num_timesteps)
+        noise = randn_like(x_start, generators)
+        loss = self.diffusion.training_losses(
+            model, x_start, t, model_kwargs=model_kwargs, noise=noise
+        )["loss"]
+        bound = self.diffusion._prior_bpd(x_start).double()
+        for i, (first, stop) in enumerate(self.strata):
+            # each stratum starts elsewhere: no image is early in all of them
+            shifted = turns + i * self.num_images // len(self.strata)
+            t_bound = self._spread(shifted % self.num_images, first, stop)
+            x_t = self.diffusion.q_sample(x_start, t_bound, randn_like(x_start, generators))
+            term = self.diffusion._vb_terms_bpd(
+                model, x_start, x_t, t_bound, clip_denoised=True, model_kwargs=model_kwargs
+            )["output"]
+            bound += (stop - first) * term
+        for row, values in ((4 * t // self.diffusion.num_timesteps, loss), (4, bound)):
+            rows = torch.zeros_like(t) + row
+            sums.index_add_(0, rows, torch.stack([values.double(), torch.ones_like(bound)], dim=1))
+
+    def _spread(self, turns: Tensor, first: int, stop: int) -> Tensor:
+        """The midpoints of n equal parts of first ... stop - 1, by turn, [N]."""
+        return first + (2 * turns + 1) * (stop - first) // (2 * self.num_images)
+
+
+def bound_strata(num_timesteps: int) -> list[tuple[int, int]]:
+    """The parts of 0 ... T - 1 of which an image sees one timestep each.
+
+    :return: (first, stop) of t = 0 alone, and of at most 8 parts of 1 ... T - 1 in geometric
+        progression; of single timesteps if T <= 9.
+    """
+    edges = np.arange(1, num_timesteps + 1)
+    if num_timesteps > BOUND_STRATA + 1:
+        edges = np.unique(np.geomspace(1, num_timesteps, BOUND_STRATA + 1).round().astype(int))
+    return list(itertools.pairwise([0, *edges.tolist()]))
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode inside a ``with`` block; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+# -- which images -----------------------------------------------------------------------------
+
+
+def hold_out(images: ImageList, fraction: float) -> tuple[ImageList, ImageList]:
+    """Split off images for validation, the same ones whatever the seed.
+
+    They lie evenly spaced in the sorted list, so that every class gives its share.
+
+    :param fraction: share of the images to split off.
+    :return: images for training, and for validation; both know all classes.
+    :raises ValueError: if either would be empty.
+    """
+    total = len(images.paths)
+    count = round(fraction * total)
+    if not 0 < count < total:
+        side = "training" if count else "validation"
+        raise UserError(f"--val_fraction {fraction} of {total} images leaves none for {side}")
+    held = spaced(total, count)
+    return _pick(images, sorted(set(range(total)) - set(held))), _pick(images, held)
+
+
+def spread_out(images: ImageList, count: int) -> ImageList:
+    """At most ``count`` of the images, evenly spaced in the sorted list; all classes are known."""
+    return _pick(images, spaced(len(images.paths), min(count, len(images.paths))))
+
+
+def spaced(total: int, count: int) -> list[int]:
+    """``count`` evenly spaced ones of the numbers 0 ... total - 1: midpoints of equal parts."""
+    return [(2 * i + 1) * total // (2 * count) for i in range(count)]
+
+
+def _pick(images: ImageList, indices: list[int]) -> ImageList:
+    classes = images.classes and [images.classes[i] for i in indices]
+    return dataclasses.replace(images, paths=[images.paths[i] for i in indices], classes=classes)
