@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+from . import dist_util
+from .image_datasets import Seekable
+from .optimization import PRECISIONS, autocast
+
+if TYPE_CHECKING:
+    from .train_util import Batch, Cond, TrainLoop
 
 PATIENCE = 20  # steps in a row that may be skipped before the run goes back
 LOWERED_RATE = 0.1  # factor of the learning rate after going back
@@ -51,3 +58,29 @@ def first_nonfinite_layer(model: nn.Module, compute: Callable[[], Tensor]) -> st
         if param.grad is not None and not param.grad.isfinite().all():
             return f"the gradient of {name}"
     return "nothing in a second pass over the same batch"
+
+
+def divergence_report(loop: TrainLoop, batch: Batch, cond: Cond) -> dict[str, Any]:
+    """What this process saw in the last step, as JSON takes it."""
+    losses: list[Tensor] = []
+
+    def compute() -> Tensor:
+        dtype = PRECISIONS[loop.optimization.precision or "fp32"]
+        device = loop.model_params[0].device.type
+        model = autocast(loop.model, dtype, device) if dtype else loop.model
+        parts = zip(loop.microbatches(batch, cond), loop.timesteps, strict=True)
+        for (part, micro, micro_cond), t in parts:
+            losses.append(loop.losses(model, micro, t, micro_cond, part)["loss"])
+        return torch.cat(losses)
+
+    with torch.no_grad():
+        layer = first_nonfinite_layer(loop.model, compute)
+    first = loop.images - loop.global_batch + dist_util.get_rank() * loop.batch_size
+    return {
+        "step": loop.global_step,
+        "rank": dist_util.get_rank(),
+        "first_nonfinite": layer,
+        "timesteps": torch.cat(loop.timesteps).tolist(),
+        "losses": [str(loss) for loss in torch.cat(losses).tolist()] if losses else [],
+        "images": loop.data.files(first, len(batch)) if isinstance(loop.data, Seekable) else [],
+    }

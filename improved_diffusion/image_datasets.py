@@ -6,7 +6,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -276,6 +276,17 @@ class GlobalBatchSampler:
 
 
 Batch = tuple[Tensor, dict[str, Tensor]]
+
+
+@runtime_checkable
+class Seekable(Protocol):
+    """Data that goes on from any position, as :class:`ImageStream` does."""
+
+    def seek(self, images: int) -> None:
+        """Go on as if all processes had taken so many images together."""
+
+    def files(self, first: int, count: int) -> list[str]:
+        """The files of the images at ``count`` positions."""
 
 
 class ImageStream(Iterator[Batch]):

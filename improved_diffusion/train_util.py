@@ -10,17 +10,15 @@ import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, logger, state_dicts
-from .checkpoint import parse_resume_step_from_filename
-from .divergence import LOWERED_RATE, PATIENCE, all_finite, first_nonfinite_layer
-from .errors import Diverged, RunAgain, UserError
+from . import checkpoint, dist_util, logger
+from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report
+from .errors import Diverged, RunAgain
 from .flags import numbers, option, require, require_at_least
 from .fp16_util import (
     make_master_params,
@@ -41,6 +39,7 @@ from .optimization import (
 from .posthoc_ema import gamma_of, parse_sigma_rels, power_rate
 from .progress import Progress
 from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, ScheduleSampler, UniformSampler
+from .resuming import checkpoint_files, restore
 from .rng import StepDraws, seed_everything
 from .saving import Saver, SavingOptions
 from .stopping import Bounds, StopSignals
@@ -114,17 +113,6 @@ class Watcher(Protocol):
 
     def __call__(self, loop: TrainLoop) -> None:
         """Look; every process calls it after the same step."""
-
-
-@runtime_checkable
-class Seekable(Protocol):
-    """Data that goes on from any position, as :class:`.image_datasets.ImageStream` does."""
-
-    def seek(self, images: int) -> None:
-        """Go on as if all processes had taken so many images together."""
-
-    def files(self, first: int, count: int) -> list[str]:
-        """The files of the images at ``count`` positions."""
 
 
 class TrainLoop:
@@ -222,8 +210,8 @@ class TrainLoop:
         self.skipped = 0  # steps without an update
         self.skipped_in_row = 0
         self.global_batch = batch_size * dist_util.get_world_size()
-        self._pending_losses: list[tuple[Tensor, dict[str, Tensor]]] = []
-        self._timesteps: list[Tensor] = []  # of the last step
+        self.pending_losses: list[tuple[Tensor, dict[str, Tensor]]] = []
+        self.timesteps: list[Tensor] = []  # of the last step
         self._saver = Saver(saving)
         self._last_saved = -1
 
@@ -239,9 +227,12 @@ class TrainLoop:
         self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
         self.posthoc_widths = parse_sigma_rels(posthoc_ema)
         self.posthoc_params = [copy.deepcopy(self.master_params) for _ in self.posthoc_widths]
-        self.resume_checkpoint = self._find_checkpoint(resume_checkpoint)
+        self.resume_checkpoint = (
+            checkpoint.locate(resume_checkpoint) if resume_checkpoint else find_resume_checkpoint()
+        ) or ""
         if self.resume_checkpoint:
-            self._restore(self.resume_checkpoint)
+            restore(self, self.resume_checkpoint)
+            self._set_newer_aside()
         else:
             logger.rewind(0)  # rows of a sitting that ended before its first checkpoint
         self.total_steps = bounds.total_steps(
@@ -268,116 +259,16 @@ class TrainLoop:
         """The number of steps done, over all sittings; the index of the step that comes next."""
         return self.step + self.resume_step
 
-    # -- resuming -----------------------------------------------------------------------------
-
-    def _find_checkpoint(self, wanted: str) -> str:
-        """The model file to go on from; empty for none."""
-        if not wanted:
-            return find_resume_checkpoint() or ""
-        path = checkpoint.locate(wanted)
-        folder = get_blob_logdir()
-        if os.path.dirname(path) == folder and dist_util.get_rank() == 0:
-            step = checkpoint.parse_resume_step_from_filename(path)
-            newer = checkpoint.set_aside_newer(folder, step)
-            if newer:
-                logger.warn(f"going back to step {step}: later checkpoints {newer} count no more")
-        return path
-
-    def _restore(self, path: str) -> None:
-        """Go on from a checkpoint, saying of each thing whether it is restored or cold."""
-        self._load_model(path)
-        whole = checkpoint.is_model_name(path)  # other files lie beside those named by the loop
-        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            name = checkpoint.ema_name(rate, self.resume_step)
-            self._load_average(f"EMA {rate}", path if whole else "", name, params)
-        for width, params in zip(self.posthoc_widths, self.posthoc_params, strict=True):
-            name = checkpoint.posthoc_name(width, self.resume_step)
-            self._load_average(f"post-hoc EMA {width:g}", path if whole else "", name, params)
-        self._load_optimizer(path if whole else "")
-        self._load_state(path if whole else "")
-
-    def _load_model(self, path: str) -> None:
-        self.resume_step, self.step = parse_resume_step_from_filename(path), 0
-        state = dist_util.load_state_dict(path, map_location="cpu")
-        state_dicts.check_fit(self.model, state, path)
-        self.model.load_state_dict(state)
-        if self.use_fp16:
-            self._copy_state_dict(state, self.master_params)
-        logger.log(f"resume: model restored from {path}, step {self.resume_step}")
-
-    def _load_average(self, what: str, beside: str, name: str, params: list[nn.Parameter]) -> None:
-        path = checkpoint.find_beside(beside, name) if beside else None
-        if path is None:
-            logger.log(f"resume: {what} cold, no file {name}: starts at the model's weights")
-            state = self._state_dict(self.master_params)
-        else:
-            state = dist_util.load_state_dict(path, map_location="cpu")
-            state = state["weights"] if name.startswith("posthoc") else state
-            state_dicts.check_fit(self.model, state, path)
-            logger.log(f"resume: {what} restored from {path}")
-        self._copy_state_dict(state, params)
-
-    def _load_optimizer(self, beside: str) -> None:
-        name = checkpoint.opt_name(self.resume_step)
-        path = checkpoint.find_beside(beside, name) if beside else None
-        if path is None:
-            logger.log(f"resume: optimiser cold, no file {name}: starts without momentum")
-            return
-        state = dist_util.load_state_dict(path, map_location="cpu")
-        try:
-            stored_lr = state["param_groups"][0]["lr"]
-            self.opt.load_state_dict(state)
-            updates = {int(entry["step"]) for entry in state["state"].values()}
-        except (ValueError, KeyError, TypeError, IndexError) as error:
-            raise UserError(
-                f"'{path}' does not fit this run's optimiser ({error}): was --use_fp16 the same?"
-            ) from None
-        logger.log(f"resume: optimiser restored from {path}")
-        for group in self.opt.param_groups:  # the flags win over the file
-            group["lr"], group["weight_decay"] = self.lr, self.weight_decay
-        if not (self.lr_anneal_steps or self.optimization.changes_lr) and stored_lr != self.lr:
-            logger.log(f"resume: learning rate {self.lr}, was {stored_lr} in {name}")
-        if updates and updates != {self.resume_step}:
-            self.step = 1  # written inside the loop: the step of that name is done
-
-    def _load_state(self, beside: str) -> None:
-        """Counters, loss scale, sampler and what the log has pending; then the data's position."""
-        name = checkpoint.state_name(self.resume_step)
-        path = checkpoint.find_beside(beside, name) if beside else None
-        state = dist_util.load_state_dict(path, map_location="cpu") if path else {}
-        if path:
-            self.step = state["step"] - self.resume_step
-            self.seconds = state["seconds"]
-            self.lg_loss_scale = state["lg_loss_scale"]
-            self.lr_scale = state["lr_scale"]
-            self.skipped, self.skipped_in_row = state["skipped"], state["skipped_in_row"]
-            logger.log(f"resume: counters and loss scale restored from {path}")
-        else:
-            logger.log(f"resume: loss scale and counters cold, no file {name}")
-        self.steps_done = self.global_step
-        self.images = state.get("images", self.global_step * self.global_batch)
-        if isinstance(self.schedule_sampler, LossAwareSampler):
-            self._load_sampler(self.schedule_sampler, state.get("sampler"))
-        logger.rewind(self.global_step)
-        if path and dist_util.get_rank() == 0:  # whose log it is
-            self._pending_losses = [(t, losses) for t, losses in state["pending_losses"]]
-            current = logger.get_current()
-            current.name2val.update(state["log_values"])
-            current.name2cnt.update(state["log_counts"])
-        if isinstance(self.data, Seekable):
-            self.data.seek(self.images)
-            logger.log(f"resume: data restored, goes on after {self.images:,} images")
-        else:
-            logger.log("resume: data cold, as it comes: an iterator without seek(images)")
-
-    def _load_sampler(self, sampler: LossAwareSampler, state: dict[str, Tensor] | None) -> None:
-        try:
-            if state:
-                sampler.load_state_dict(state)
-        except UserError as error:
-            logger.warn(f"resume: history of the schedule sampler cold: {error}")
-            return
-        logger.log(f"resume: history of the schedule sampler {'restored' if state else 'cold'}")
+    def _set_newer_aside(self) -> None:
+        """Going back inside a run folder, let the checkpoints after that step count no more."""
+        path, folder = self.resume_checkpoint, get_blob_logdir()
+        inside = os.path.abspath(os.path.dirname(path)) == os.path.abspath(folder)
+        if dist_util.get_rank() == 0:
+            checkpoint.remove_partial_files(folder)
+            if inside and checkpoint.is_model_name(path):
+                newer = checkpoint.set_aside_newer(folder, self.resume_step)
+                if newer:
+                    logger.warn(f"later checkpoints count no more: those of steps {newer}")
 
     # -- the loop -----------------------------------------------------------------------------
 
@@ -467,13 +358,13 @@ class TrainLoop:
     def forward_backward(self, batch: Batch, cond: Cond) -> None:
         """Leave the gradient of the batch's mean loss on the model's parameters."""
         zero_grad(self.model_params)
-        self._timesteps.clear()
+        self.timesteps.clear()
         self._loss_finite = torch.ones((), dtype=torch.bool, device=self.model_params[0].device)
-        for part, micro, micro_cond in self._microbatches(batch, cond):
+        for part, micro, micro_cond in self.microbatches(batch, cond):
             t, weights = self._sample_timesteps(len(micro), part)
             last = part.stop == len(batch)
             with contextlib.nullcontext() if last else self._no_sync():
-                losses = self._losses(self._network, micro, t, micro_cond, part)
+                losses = self.losses(self._network, micro, t, micro_cond, part)
                 # each image weighs the same, however the batch is split
                 loss = (losses["loss"] * weights).sum() / len(batch)
                 self._loss_finite &= loss.isfinite()
@@ -482,12 +373,12 @@ class TrainLoop:
                 loss.backward()
             if isinstance(self.schedule_sampler, LossAwareSampler):
                 self.schedule_sampler.update_with_local_losses(t, losses["loss"].detach())
-            self._timesteps.append(t)
-            self._pending_losses.append(
+            self.timesteps.append(t)
+            self.pending_losses.append(
                 (t, {key: (value * weights).detach() for key, value in losses.items()})
             )
 
-    def _microbatches(self, batch: Batch, cond: Cond) -> Iterator[tuple[slice, Batch, Cond]]:
+    def microbatches(self, batch: Batch, cond: Cond) -> Iterator[tuple[slice, Batch, Cond]]:
         """Which part of the batch each is, its images and its conditions, on the device."""
         device = self.model_params[0].device
         batch = batch.to(device, non_blocking=True)
@@ -509,7 +400,7 @@ class TrainLoop:
             return self.schedule_sampler.sample(count, device)
         return self.schedule_sampler.sample(count, device, uniforms=draws.uniforms(part))
 
-    def _losses(
+    def losses(
         self, network: Model, images: Batch, t: Tensor, cond: Cond, part: slice
     ) -> dict[str, Tensor]:
         """The training losses [N] of a microbatch."""
@@ -584,7 +475,7 @@ class TrainLoop:
         :raises Diverged: on every process.
         """
         self._saver.wait()
-        reports = dist_util.gather_objects(self._divergence_report(batch, cond))
+        reports = dist_util.gather_objects(divergence_report(self, batch, cond))
         step, layer = self.global_step, reports[0]["first_nonfinite"]
         path = os.path.join(logger.get_dir() or ".", f"divergence_{step:06d}.json")
         if dist_util.get_rank() == 0:
@@ -596,34 +487,8 @@ class TrainLoop:
         if self.lr_scale < 1 or good is None:
             raise Diverged(f"training diverged: {text}; lower --lr, or try --grad_clip 1")
         logger.warn(f"{text}; going back once, with {LOWERED_RATE:g} times the learning rate")
-        self._restore(good)
+        restore(self, good)
         self.lr_scale, self.skipped_in_row = LOWERED_RATE, 0
-
-    def _divergence_report(self, batch: Batch, cond: Cond) -> dict[str, Any]:
-        """What this process saw in the last step, as JSON takes it."""
-        losses: list[Tensor] = []
-
-        def compute() -> Tensor:
-            dtype = PRECISIONS[self.optimization.precision or "fp32"]
-            device = self.model_params[0].device.type
-            model = autocast(self.model, dtype, device) if dtype else self.model
-            parts = zip(self._microbatches(batch, cond), self._timesteps, strict=True)
-            for (part, micro, micro_cond), t in parts:
-                losses.append(self._losses(model, micro, t, micro_cond, part)["loss"])
-            return torch.cat(losses)
-
-        with torch.no_grad():
-            layer = first_nonfinite_layer(self.model, compute)
-        first = self.images - self.global_batch + dist_util.get_rank() * self.batch_size
-        known = isinstance(self.data, Seekable)
-        return {
-            "step": self.global_step,
-            "rank": dist_util.get_rank(),
-            "first_nonfinite": layer,
-            "timesteps": torch.cat(self._timesteps).tolist(),
-            "losses": [str(loss) for loss in torch.cat(losses).tolist()] if losses else [],
-            "images": self.data.files(first, len(batch)) if known else [],  # type: ignore
-        }
 
     # -- logging ------------------------------------------------------------------------------
 
@@ -643,12 +508,12 @@ class TrainLoop:
 
     def _flush_losses(self) -> None:
         """Log the losses since the last time, copied from the device in one go."""
-        if self._pending_losses:
-            ts, losses = zip(*self._pending_losses, strict=True)
+        if self.pending_losses:
+            ts, losses = zip(*self.pending_losses, strict=True)
             keys = losses[0].keys()
             together = {key: torch.cat([entry[key] for entry in losses]).cpu() for key in keys}
             log_loss_dict(self.diffusion, torch.cat(ts).cpu(), together)
-            self._pending_losses.clear()
+            self.pending_losses.clear()
 
     # -- saving -------------------------------------------------------------------------------
 
@@ -676,52 +541,18 @@ class TrainLoop:
             weights = [param for params in (self.master_params, *averages) for param in params]
             if all_finite(weights):
                 logger.log(f"saving step {step} to {folder}")
-                self._saver.save(folder, step, self._checkpoint_files(step))
+                self._saver.save(folder, step, checkpoint_files(self, step))
             else:
                 logger.warn(f"step {step} is not saved: weights or averages are not finite")
         if not self._saver.in_background:
             dist_util.barrier()
-
-    def _checkpoint_files(self, step: int) -> dict[str, Any]:
-        files = {
-            checkpoint.state_name(step): self._run_state(),
-            checkpoint.opt_name(step): self.opt.state_dict(),
-        }
-        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            files[checkpoint.ema_name(rate, step)] = self._state_dict(params)
-        for width, params in zip(self.posthoc_widths, self.posthoc_params, strict=True):
-            files[checkpoint.posthoc_name(width, step)] = {
-                "updates": self.steps_done - self.skipped,
-                "sigma_rel": width,
-                "weights": self._state_dict(params),
-            }
-        files[checkpoint.model_name(step)] = self._state_dict(self.master_params)
-        return files
-
-    def _run_state(self) -> dict[str, Any]:
-        """What else a run needs to go on exactly."""
-        sampler, current = self.schedule_sampler, logger.get_current()
-        return {
-            "step": self.steps_done,
-            "images": self.images,
-            "seconds": self.seconds,
-            "lg_loss_scale": self.lg_loss_scale,
-            "lr_scale": self.lr_scale,
-            "skipped": self.skipped,
-            "skipped_in_row": self.skipped_in_row,
-            "sampler": sampler.state_dict() if isinstance(sampler, LossAwareSampler) else {},
-            "pending_losses": self._pending_losses,
-            "log_values": {key: _plain(value) for key, value in current.name2val.items()},
-            "log_counts": dict(current.name2cnt),
-            "flags": json.dumps(self.flags),  # with the map of the classes
-        }
 
     def _unflattened(self, master_params: list[nn.Parameter]) -> list[Tensor]:
         if self.use_fp16:
             return unflatten_master_params(self.model_params, master_params)
         return [param.detach() for param in master_params]
 
-    def _state_dict(self, master_params: list[nn.Parameter]) -> dict[str, Tensor]:
+    def state_dict_of(self, master_params: list[nn.Parameter]) -> dict[str, Tensor]:
         """The model's state dict with other values for its parameters, as float32."""
         state = self.model.state_dict()
         names = [name for name, _ in self.model.named_parameters()]
@@ -729,7 +560,7 @@ class TrainLoop:
         return state
 
     @torch.no_grad()
-    def _copy_state_dict(self, state: dict[str, Tensor], master_params: list[nn.Parameter]) -> None:
+    def fill_from(self, state: dict[str, Tensor], master_params: list[nn.Parameter]) -> None:
         """Overwrite parameters, in place, by those of a state dict."""
         names = [name for name, _ in self.model.named_parameters()]
         for name, param in zip(names, self._unflattened(master_params), strict=True):
@@ -749,11 +580,6 @@ class TrainLoop:
     def _fill_model(self, values: Sequence[Tensor]) -> None:
         for param, value in zip(self.model_params, values, strict=True):
             param.copy_(value)
-
-
-def _plain(value: Any) -> Any:
-    """A number or tensor that loads with ``weights_only``."""
-    return value.item() if isinstance(value, np.generic) else value
 
 
 def get_blob_logdir() -> str:

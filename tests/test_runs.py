@@ -65,7 +65,7 @@ def test_parse_tells_flags_that_were_given_from_defaults():
 
 def test_seeds_depend_on_seed_and_purpose():
     def draw(*arguments):
-        rng.seed_everything(*arguments)
+        seed_everything(*arguments)
         return torch.rand(4).tolist(), np.random.rand(4).tolist()
 
     first = draw(0, "train", 0)

@@ -51,7 +51,8 @@ def make_loop(**changes):
 
 
 def files(folder):
-    return sorted(path.name for path in folder.glob("*.pt"))
+    """The checkpoints' files, but for those that improved-diffusion has not."""
+    return sorted(path.name for path in folder.glob("*.pt") if not path.name.startswith("state"))
 
 
 def load(path):
@@ -201,14 +202,14 @@ class _Synchronisations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_no_value_is_read_between_log_intervals(run_dir):
+def test_one_value_is_read_between_log_intervals(run_dir):
     loop = make_loop(lr_anneal_steps=0)
     loop.run_step(make_batch(0), {})  # makes the optimiser's state
     with _Synchronisations() as reads:
         loop.run_step(make_batch(1), {})
         # torch's AdamW keeps its step counts on the host and reads those
         steps = len(loop.model_params)
-        assert reads.count <= steps
+        assert reads.count <= steps + 1  # is the step finite?
         loop._flush_losses()
         assert reads.count > 0
 
@@ -327,7 +328,7 @@ def test_resume_says_what_is_cold(run_dir, tmp_path):
         assert torch.equal(params[0], loop.model_params[0])
 
 
-@pytest.mark.parametrize("name", ["best.pt", "ema_0.9_000002.pt"])
+@pytest.mark.parametrize("name", ["best.pt", "ema_0.9_000007.pt"])
 def test_files_of_step_zero_are_not_taken_for_those_of_another_name(run_dir, name):
     make_loop(lr_anneal_steps=3).run_loop()  # leaves opt000000.pt and ema_0.9_000000.pt
     torch.save(load(run_dir / "model000002.pt"), run_dir / name)
