@@ -1,5 +1,5 @@
 # make demo   train on handwritten digits, sample, look: three to four minutes on two cores
-# make test   the whole test suite;  make test-quick  without the slow tests
+# make test   all but the slow tests, within five minutes;  make test-slow  those, with the demo
 # make check  lint, format and types, as CI runs it
 
 PYTHON ?= python3
@@ -8,7 +8,7 @@ RUNS ?= runs
 PY = $(VENV)/bin/python
 DEMO = $(RUNS)/demo
 
-.PHONY: demo test test-quick check clean
+.PHONY: demo test test-slow check clean
 
 # One thread: the network is so small that more would mostly wait for each other
 demo: export OMP_NUM_THREADS = 1
@@ -26,12 +26,12 @@ demo: $(VENV)/.demo
 	@echo "Look at $(DEMO)/samples/grid.png"
 
 # One thread: the tests' networks are small too, and some tests start several processes
-test test-quick: export OMP_NUM_THREADS = 1
+test test-slow: export OMP_NUM_THREADS = 1
 test: $(VENV)/.test
-	$(PY) -m pytest
-
-test-quick: $(VENV)/.test
 	$(PY) -m pytest -m "not slow"
+
+test-slow: $(VENV)/.test
+	$(PY) -m pytest -m slow
 
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check .

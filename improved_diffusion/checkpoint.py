@@ -91,12 +91,12 @@ def is_model_name(path: str) -> bool:
     return re.search(r"model\d+\.[^/\\]*$", path) is not None
 
 
-def describe_weights(path: str, warmed_up: bool = False) -> str:
-    """Which weights a file holds, by its name; warns of an average that is still young.
-
-    :param warmed_up: the average was kept with --ema_warmup, so that it is never young.
-    """
+def describe_weights(path: str) -> str:
+    """Which weights a file holds, by its name; warns of an average that is still young."""
     name = _basename(path)
+    posthoc = re.fullmatch(r"ema_posthoc([\d.e-]+)_\d+\.pt", name)
+    if posthoc:
+        return f"weights averaged after training, of relative width {posthoc.group(1)}"
     average = re.fullmatch(r"ema_([\d.e-]+)_(\d+)\.pt", name)
     if not average:
         raw = name.startswith("model")
@@ -104,7 +104,9 @@ def describe_weights(path: str, warmed_up: bool = False) -> str:
     rate, step = float(average.group(1)), int(average.group(2))
     left = rate**step
     text = f"weights averaged at rate {rate:g}"
-    if left > YOUNG_EMA and not warmed_up:
+    if load_config(os.path.dirname(path)).get("ema_warmup"):
+        return f"{text}, warmed up"
+    if left > YOUNG_EMA:
         text += f"; WARNING: {left:.0%} of them is still the initial noise: try a lower EMA rate"
     return text
 

@@ -80,7 +80,7 @@ def divergence_report(loop: TrainLoop, batch: Batch, cond: Cond) -> dict[str, An
         "step": loop.global_step,
         "rank": dist_util.get_rank(),
         "first_nonfinite": layer,
-        "timesteps": torch.cat(loop.timesteps).tolist(),
-        "losses": [str(loss) for loss in torch.cat(losses).tolist()] if losses else [],
+        "timesteps": [t for part in loop.timesteps for t in part.tolist()],
+        "losses": [str(loss) for part in losses for loss in part.tolist()],
         "images": loop.data.files(first, len(batch)) if isinstance(loop.data, Seekable) else [],
     }

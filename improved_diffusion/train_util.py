@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, dist_util, logger
 from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report
-from .errors import Diverged, RunAgain
+from .errors import Diverged, RunAgain, Stop
 from .flags import numbers, option, require, require_at_least
 from .fp16_util import (
     make_master_params,
@@ -212,6 +212,7 @@ class TrainLoop:
         self.global_batch = batch_size * dist_util.get_world_size()
         self.pending_losses: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.timesteps: list[Tensor] = []  # of the last step
+        self._loss_finite = torch.tensor(True)  # in the last step
         self._saver = Saver(saving)
         self._last_saved = -1
 
@@ -280,9 +281,15 @@ class TrainLoop:
         :raises RunAgain: on every process, after a signal and a save.
         :raises Diverged: on every process, if losses or gradients stay non-finite.
         """
+        ending = None
         with StopSignals() as signals, self._saver, self._progress() as progress:
-            self._train(signals, progress)
-        dist_util.barrier()  # the last checkpoint is complete for every process
+            try:
+                self._train(signals, progress)
+            except Stop as stop:
+                ending = stop
+        dist_util.barrier()  # the last checkpoint is complete: now every process may end
+        if ending is not None:
+            raise ending
 
     def _train(self, signals: StopSignals, progress: Progress) -> None:
         first_step = self.step
@@ -359,7 +366,7 @@ class TrainLoop:
         """Leave the gradient of the batch's mean loss on the model's parameters."""
         zero_grad(self.model_params)
         self.timesteps.clear()
-        self._loss_finite = torch.ones((), dtype=torch.bool, device=self.model_params[0].device)
+        self._loss_finite = torch.tensor(True, device=self.model_params[0].device)
         for part, micro, micro_cond in self.microbatches(batch, cond):
             t, weights = self._sample_timesteps(len(micro), part)
             last = part.stop == len(batch)
