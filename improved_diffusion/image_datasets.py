@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -314,7 +315,7 @@ class ImageStream(Iterator[Batch]):
         self._sampler = GlobalBatchSampler(
             len(self.dataset), self.batch_size, self.seed, rank, world_size, images
         )
-        self._batches: Iterator[Batch] | None = None
+        self._batches: Generator[Batch, None, None] | None = None
 
     def map(self, transform: Callable[[Batch], Batch]) -> ImageStream:
         """Change every batch from now on by a function, in the training process."""
@@ -327,17 +328,25 @@ class ImageStream(Iterator[Batch]):
 
     def __next__(self) -> Batch:
         if self._batches is None:
-            self._batches = _batches(_loader(self.dataset, self._sampler, self.num_workers))
+            loader = _loader(self.dataset, self._sampler, self.num_workers, ignore_stop_signals)
+            self._batches = _batches(loader)
+            # Workers that ignore SIGTERM must end before Python waits for them at its exit
+            weakref.finalize(self, self._batches.close)
         return self.transform(next(self._batches))
 
 
-def _loader(dataset: Dataset, batches: Iterable[list[int]], num_workers: int) -> DataLoader:
+def _loader(
+    dataset: Dataset,
+    batches: Iterable[list[int]],
+    num_workers: int,
+    worker_init: Callable[[int], None] | None = None,
+) -> DataLoader:
     return DataLoader(
         dataset,
         batch_sampler=batches,
         num_workers=num_workers,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=ignore_stop_signals,
+        worker_init_fn=worker_init,
     )
 
 
@@ -385,7 +394,7 @@ def load_data(
     return stream
 
 
-def _batches(loader: DataLoader) -> Iterator[Batch]:
+def _batches(loader: DataLoader) -> Generator[Batch, None, None]:
     try:
         yield from loader
     except UserError as error:

@@ -283,7 +283,11 @@ def _load_fixed(
                     num_workers=0,
                 )
             )
-        return [(*data.stream.transform((batch, cond)), indices) for batch, cond, indices in loaded]
+        change = data.stream.transform
+        return [
+            (*(change((batch, cond)) if indices else (batch, cond)), indices)
+            for batch, cond, indices in loaded
+        ]
 
 
 def _previews(reference: list[FixedBatch], shown: list[FixedBatch], flags: Flags) -> Previews:
@@ -293,6 +297,6 @@ def _previews(reference: list[FixedBatch], shown: list[FixedBatch], flags: Flags
     diffusion = pick(options, {**flags, "timestep_respacing": steps}).diffusion()
     ((images, _, _),) = reference
     ((_, cond, indices),) = shown
-    if "y" in cond:
+    if cond.keys() == {"y"}:  # low-resolution images keep the classes they are of
         cond["y"] = torch.arange(len(indices)) % flags["num_classes"]
     return Previews(diffusion, images.shape[1:], cond, images, len(indices), flags["batch_size"])

@@ -21,30 +21,10 @@ from improved_diffusion.checkpoint import (
     write_tensors,
 )
 from improved_diffusion.errors import UserError
-from improved_diffusion.script_util import FIXED_BY_TRAINING, create_model
+from improved_diffusion.script_util import FIXED_BY_TRAINING
 
 STEPS = load_json("training")["parse_resume_step_from_filename"]
 RUNS = {name: run for name, run in load_json("training").items() if "files" in run}
-PUBLISHED = load_json("state_dicts")
-OPTIONS = {
-    "image_size": 16,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "learn_sigma": False,
-    "class_cond": False,
-    "use_checkpoint": False,
-    "attention_resolutions": "8",
-    "num_heads": 4,
-    "num_heads_upsample": -1,
-    "use_scale_shift_norm": True,
-    "dropout": 0.0,
-}
-
-
-def network(**changes):
-    """A small network without memory behind its weights."""
-    with torch.device("meta"):
-        return create_model(**{**OPTIONS, **changes})
 
 
 def message_of(call, *args, **kwargs):

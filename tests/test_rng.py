@@ -1,7 +1,19 @@
+"""Random draws that depend on a seed, a purpose and an index alone."""
+
+import random
+
+import numpy as np
 import pytest
 import torch
 
-from improved_diffusion.rng import derive_seed, randn, randn_like, sample_generators
+from improved_diffusion.rng import (
+    StepDraws,
+    derive_seed,
+    randn,
+    randn_like,
+    sample_generators,
+    seed_everything,
+)
 
 
 def test_derived_seeds_stay_the_same_across_versions():
@@ -124,3 +136,78 @@ def test_noise_like_a_tensor_has_its_type(dtype):
     one = randn_like(x, torch.Generator().manual_seed(1))
     rows = randn_like(x, sample_generators(0, range(2)))
     assert randn_like(x).dtype == one.dtype == rows.dtype == dtype
+
+
+# -- the global generators
+
+
+def test_seeds_depend_on_seed_and_purpose():
+    def draw(*arguments):
+        seed_everything(*arguments)
+        return torch.rand(4).tolist(), np.random.rand(4).tolist()
+
+    first = draw(0, "train", 0)
+    random.seed(1)
+    assert draw(0, "train", 0) == first
+    others = [draw(1, "train", 0), draw(0, "train", 1), draw(0, "sample", 0)]
+    for ours in zip(first, *others, strict=True):  # torch's, then NumPy's
+        assert len({tuple(values) for values in ours}) == 4
+
+
+# -- the draws of a training step
+
+
+def test_draws_of_a_step_depend_on_seed_step_and_global_index_alone():
+    x = torch.zeros(8, 2, 3)
+    whole = StepDraws(3, 5, 0)
+    noise, uniforms = whole.noise_like(x, slice(0, 8)), whole.uniforms(slice(0, 8))
+    torch.manual_seed(99)
+    np.random.seed(99)
+    for first in (0, 2, 5):  # the index of a process's first image in the global batch
+        part = slice(0, 3)
+        draws = StepDraws(3, 5, first)
+        assert torch.equal(draws.noise_like(x[part], part), noise[first : first + 3])
+        np.testing.assert_array_equal(draws.uniforms(part), uniforms[first : first + 3])
+    for other in (StepDraws(4, 5, 0), StepDraws(3, 6, 0)):
+        assert not torch.isclose(other.noise_like(x, slice(0, 8)), noise).any()
+        assert not np.isclose(other.uniforms(slice(0, 8)), uniforms).any()
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3, 5, 8])
+def test_microbatches_have_the_draws_of_the_whole_batch(microbatch):
+    x, draws = torch.zeros(7, 2, 3), StepDraws(1, 2, 4)
+    parts = [slice(start, min(start + microbatch, 7)) for start in range(0, 7, microbatch)]
+    noise = torch.cat([draws.noise_like(x[part], part) for part in parts])
+    uniforms = np.concatenate([draws.uniforms(part) for part in parts])
+    assert torch.equal(noise, draws.noise_like(x, slice(0, 7)))
+    np.testing.assert_array_equal(uniforms, draws.uniforms(slice(0, 7)))
+
+
+def test_draws_of_steps_and_images_are_uniform_normal_and_independent():
+    uniforms = np.stack([StepDraws(0, step, 0).uniforms(slice(0, 50)) for step in range(200)])
+    assert uniforms.dtype == np.float64
+    assert ((uniforms >= 0) & (uniforms < 1)).all()
+    shares = np.histogram(uniforms, bins=10, range=(0, 1))[0] / uniforms.size
+    np.testing.assert_allclose(shares, 0.1, atol=0.015)
+    x = torch.zeros(50, 4)
+    noise = torch.stack([StepDraws(0, step, 0).noise_like(x, slice(0, 50)) for step in range(200)])
+    assert noise.mean().abs() < 0.02
+    assert (noise.std() - 1).abs() < 0.02
+    assert (noise[1:] * noise[:-1]).mean().abs() < 0.02  # of neighbouring steps
+    assert (noise[:, 1:] * noise[:, :-1]).mean().abs() < 0.02  # of neighbouring images
+    steps = np.corrcoef(uniforms[1:].ravel(), uniforms[:-1].ravel())[0, 1]
+    assert abs(steps) < 0.04
+
+
+def test_draws_of_a_step_leave_the_global_generators_alone():
+    before, numpys = torch.get_rng_state(), np.random.get_state()[1].copy()
+    draws = StepDraws(0, 0, 0)
+    draws.uniforms(slice(0, 4))
+    draws.noise_like(torch.zeros(4, 1), slice(0, 4))
+    assert torch.equal(torch.get_rng_state(), before)
+    np.testing.assert_array_equal(np.random.get_state()[1], numpys)
+
+
+def test_noise_of_a_step_has_the_type_of_the_images():
+    x = torch.zeros(2, 3, dtype=torch.float64)
+    assert StepDraws(0, 0, 0).noise_like(x, slice(0, 2)).dtype == torch.float64

@@ -1,9 +1,7 @@
 """From the command line to a run folder, and back from a checkpoint."""
 
 import json
-import random
 
-import numpy as np
 import pytest
 import torch
 from toy import make_model
@@ -58,22 +56,6 @@ def test_parse_tells_flags_that_were_given_from_defaults():
     assert flags["batch_size"] == 3
     assert flags["save_interval"] == 10000
     assert given == {"lr", "batch_size"}
-
-
-# -- seeds
-
-
-def test_seeds_depend_on_seed_and_purpose():
-    def draw(*arguments):
-        seed_everything(*arguments)
-        return torch.rand(4).tolist(), np.random.rand(4).tolist()
-
-    first = draw(0, "train", 0)
-    random.seed(1)
-    assert draw(0, "train", 0) == first
-    others = [draw(1, "train", 0), draw(0, "train", 1), draw(0, "sample", 0)]
-    for ours in zip(first, *others, strict=True):  # torch's, then NumPy's
-        assert len({tuple(values) for values in ours}) == 4
 
 
 # -- flags of a checkpoint
@@ -154,6 +136,16 @@ def test_more_classes_than_the_model_are_an_error():
         runs.check_class_names(flags, images("a", "b", "c"))
 
 
+def test_labels_are_mapped_to_the_checkpoints_classes_by_name():
+    found = ImageList(["d_1.png", "b_1.png"], [1, 0], ("b", "d"))
+    mapped = runs.relabel(found, ["a", "b", "c", "d"])
+    assert mapped.classes == [3, 1]
+    assert mapped.class_names == ("a", "b", "c", "d")
+    with pytest.raises(UserError, match="not trained on: d"):
+        runs.relabel(found, ["a", "b"])
+    assert runs.relabel(ImageList(["x.png"]), ["a"]).classes is None
+
+
 # -- weights
 
 
@@ -165,83 +157,6 @@ def test_model_for_evaluation_has_the_weights_of_the_file(tmp_path, monkeypatch)
     assert not model.training
     for ours, theirs in zip(model.parameters(), make_model(seed=1).parameters(), strict=True):
         assert torch.equal(ours, theirs)
-
-
-# -- preparing a training
-
-
-@pytest.fixture
-def prepare(tmp_path, monkeypatch, digits_dir):
-    """Prepare a training in a folder; the flags, what the loader was asked for, the seeding."""
-    monkeypatch.setattr(runs, "set_up", lambda flags: str(tmp_path))
-    monkeypatch.setattr(runs, "load_data", lambda **arguments: arguments)
-    seeds = []
-    monkeypatch.setattr(runs, "seed_everything", lambda *arguments: seeds.append(arguments))
-
-    def run(given=(), **changes):
-        source = {"data_dir": str(digits_dir), "num_workers": 0, "labels_from": "filename"}
-        flags, asked = runs.prepare_training(
-            make_flags(**{**source, **changes}), set(given), "image_size"
-        )
-        return flags, asked, seeds[-1]
-
-    return run
-
-
-def test_loader_is_asked_for_what_the_flags_say(prepare, digits_dir):
-    flags, asked, seeds = prepare(
-        seed=4, batch_size=6, image_size=(8, 12), channels=2, num_workers=3, class_cond=True
-    )
-    images = asked.pop("images")
-    assert len(images.paths) == flags["num_images"] == 60
-    assert images.class_names == tuple("0123456789")
-    assert flags["num_classes"] == 10
-    expected = {
-        "data_dir": str(digits_dir),
-        "batch_size": 6,
-        "image_size": (8, 12),
-        "class_cond": True,
-        "channels": 2,
-        "num_workers": 3,
-        "seed": 4,
-        "start": 0,
-    }
-    assert asked == expected
-    assert seeds[0] == 4
-
-
-def test_continued_run_goes_on_in_the_data_with_new_draws(prepare, tmp_path):
-    """A file named N that was written in the loop holds N + 1 updates, and as many batches."""
-    _, _, fresh = prepare()
-    for step in (0, 4):
-        torch.save({}, tmp_path / f"model{step:06d}.pt")
-    checkpoint.save_config(str(tmp_path), make_flags(num_channels=32, channels=1))
-    flags, asked, seeds = prepare()
-    assert flags["resume_checkpoint"] == str(tmp_path / "model000004.pt")
-    assert asked["start"] == 5
-    assert seeds != fresh
-    assert (flags["num_channels"], asked["channels"]) == (32, 1)
-
-
-def test_given_checkpoint_comes_before_the_folders_own(prepare, tmp_path):
-    (tmp_path / "other").mkdir()
-    torch.save({}, tmp_path / "model000004.pt")
-    checkpoint.save_config(str(tmp_path / "other"), make_flags(num_channels=64))
-    path = str(tmp_path / "other" / "model000007.pt")
-    flags, asked, _ = prepare(resume_checkpoint=path)
-    assert flags["resume_checkpoint"] == path
-    assert flags["num_channels"] == 64
-    assert asked["start"] == 8
-
-
-def test_labels_are_mapped_to_the_checkpoints_classes_by_name():
-    found = ImageList(["d_1.png", "b_1.png"], [1, 0], ("b", "d"))
-    mapped = runs.relabel(found, ["a", "b", "c", "d"])
-    assert mapped.classes == [3, 1]
-    assert mapped.class_names == ("a", "b", "c", "d")
-    with pytest.raises(UserError, match="not trained on: d"):
-        runs.relabel(found, ["a", "b"])
-    assert runs.relabel(ImageList(["x.png"]), ["a"]).classes is None
 
 
 def test_weights_that_are_not_finite_are_not_sampled(tmp_path):

@@ -4,12 +4,11 @@ import pytest
 import torch
 from golden_data import load_json
 
+from improved_diffusion.checkpoint import write_tensors
 from improved_diffusion.errors import UserError
 from improved_diffusion.script_util import create_model, sr_create_model
 from improved_diffusion.state_dicts import check_fit, describe_network, load_model
 
-STEPS = load_json("training")["parse_resume_step_from_filename"]
-RUNS = {name: run for name, run in load_json("training").items() if "files" in run}
 PUBLISHED = load_json("state_dicts")
 OPTIONS = {
     "image_size": 16,
@@ -38,11 +37,6 @@ def message_of(call, *args, **kwargs):
         call(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
-
-
-def touch(folder, *names):
-    for name in names:
-        (folder / name).write_bytes(b"")
 
 
 # -- does a checkpoint fit? -----------------------------------------------------------------------
