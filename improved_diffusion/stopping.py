@@ -51,9 +51,8 @@ class Bounds:
                     f"{flag} goes on after --lr_anneal_steps {lr_anneal_steps}, where the learning "
                     "rate reaches 0: give one of them, or --lr_schedule"
                 )
-        return min(
-            [*bounds.values(), *([lr_anneal_steps] if lr_anneal_steps else [])], default=None
-        )
+        ends = [*bounds.values(), lr_anneal_steps] if lr_anneal_steps else bounds.values()
+        return min(ends, default=None)
 
     def seconds_left(self, seconds: float) -> float | None:
         """What is left of ``train_hours`` after so many seconds; None for no such bound."""

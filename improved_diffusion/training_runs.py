@@ -30,6 +30,7 @@ from .image_datasets import (
 from .optimization import OptimizationOptions, check_precision
 from .previews import Previews
 from .resample import create_named_schedule_sampler
+from .rng import seed_everything
 from .runs import Flags, announce, check_class_names, inherit, relabel, set_up, store_flags
 from .saving import SavingOptions
 from .script_util import ModelAndDiffusionOptions, SuperResOptions
@@ -71,7 +72,7 @@ class TrainingData:
 
 
 def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Flags, TrainingData]:
-    """Check everything that can be checked before the run folder is made.
+    """Check everything that can be checked before the run folder is made; then seed the weights.
 
     :param size_flag: the flag that holds the size of the images to load.
     :return: the flags with the folder, inherited values and the number of classes filled in; and
@@ -107,6 +108,7 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
         train.lr_anneal_steps, train.batch_size * dist_util.get_world_size()
     )
     pick(OptimizationOptions, flags).lr_factor(0, train.lr_anneal_steps, total)
+    seed_everything(flags["seed"], "initial weights")
     return flags, TrainingData(stream, training, validation, size_flag)
 
 
