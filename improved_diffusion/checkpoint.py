@@ -66,8 +66,8 @@ def posthoc_name(sigma_rel: float, step: int) -> str:
     return f"posthoc_{sigma_rel}_{step:06d}.pt"
 
 
-_MODEL, _STATE, _MANIFEST = r"model(\d+)\.pt", r"state(\d+)\.pt", r"checkpoint(\d+)\.json"
-_OF_A_STEP = rf"{_MODEL}|{_STATE}|{_MANIFEST}|opt(\d+)\.pt|ema_[\d.e-]+_(\d+)\.pt"
+_MODEL, _STATE, _MANIFEST = r"model(\d{6,})\.pt", r"state(\d{6,})\.pt", r"checkpoint(\d{6,})\.json"
+_OF_A_STEP = rf"{_MODEL}|{_STATE}|{_MANIFEST}|opt(\d{{6,}})\.pt|ema_[\d.e-]+_(\d{{6,}})\.pt"
 
 
 def step_of(path: str) -> int | None:
@@ -179,10 +179,10 @@ def _newest_model(folder: str) -> str | None:
         problem = _problem(folder, step)
         if not problem:
             if problems:
-                log.warning(f"going back to the checkpoint of step {step} in {folder}")
+                log.warning(f"WARNING: going back to the checkpoint of step {step} in {folder}")
             return bf.join(folder, model_name(step))
         problems.append(problem)
-        log.warning(f"the checkpoint of step {step} is passed over: {problem}")
+        log.warning(f"WARNING: the checkpoint of step {step} is passed over: {problem}")
     if problems:
         raise UserError(
             f"'{folder}' holds no whole checkpoint: {problems[0]}; move its files away to start "

@@ -307,6 +307,7 @@ class ImageStream(Iterator[Batch]):
         self.seed = seed
         self.num_workers = num_workers
         self.transform: Callable[[Batch], Batch] = lambda batch: batch
+        self._batches: Generator[Batch, None, None] | None = None
         self.seek(0)
 
     def seek(self, images: int) -> None:
@@ -315,7 +316,9 @@ class ImageStream(Iterator[Batch]):
         self._sampler = GlobalBatchSampler(
             len(self.dataset), self.batch_size, self.seed, rank, world_size, images
         )
-        self._batches: Generator[Batch, None, None] | None = None
+        if self._batches is not None:
+            self._batches.close()
+            self._batches = None
 
     def map(self, transform: Callable[[Batch], Batch]) -> ImageStream:
         """Change every batch from now on by a function, in the training process."""
@@ -395,12 +398,16 @@ def load_data(
 
 
 def _batches(loader: DataLoader) -> Generator[Batch, None, None]:
+    batches = iter(loader)
     try:
-        yield from loader
+        yield from batches
     except UserError as error:
         # a worker's error arrives with its traceback in the message: keep its last line
         line = str(error).strip().splitlines()[-1]
         raise UserError(line.split(f"{UserError.__name__}: ", 1)[-1]) from None
+    finally:  # a traceback may keep the iterator, and with it its workers
+        if loader.num_workers:
+            batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
 def load_once(

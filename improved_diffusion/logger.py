@@ -225,6 +225,7 @@ def _make_current(logger: Logger | None) -> None:
 def hold_messages() -> None:
     """Keep what the package's modules log until a run folder is open, to write it there."""
     _package_log.addHandler(_waiting)
+    _package_log.setLevel(DEBUG)
 
 
 def _release_messages() -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, dist_util, logger
+from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename
 from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report
 from .errors import Diverged, RunAgain, Stop
 from .flags import numbers, option, require, require_at_least
@@ -493,7 +494,9 @@ class TrainLoop:
         good = find_resume_checkpoint()
         if self.lr_scale < 1 or good is None:
             raise Diverged(f"training diverged: {text}; lower --lr, or try --grad_clip 1")
-        logger.warn(f"{text}; going back once, with {LOWERED_RATE:g} times the learning rate")
+        logger.warn(
+            f"WARNING: {text}; going back once, with {LOWERED_RATE:g} times the learning rate"
+        )
         restore(self, good)
         self.lr_scale, self.skipped_in_row = LOWERED_RATE, 0
 
@@ -550,7 +553,9 @@ class TrainLoop:
                 logger.log(f"saving step {step} to {folder}")
                 self._saver.save(folder, step, checkpoint_files(self, step))
             else:
-                logger.warn(f"step {step} is not saved: weights or averages are not finite")
+                logger.warn(
+                    f"WARNING: step {step} is not saved: weights or averages are not finite"
+                )
         if not self._saver.in_background:
             dist_util.barrier()
 

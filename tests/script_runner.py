@@ -42,7 +42,9 @@ def command_line(*parts):
 
 
 def script_path(name):
-    return str(ROOT / "scripts" / f"{name}.py")
+    """scripts/NAME.py, or tests/workers/NAME.py for a worker that runs a script."""
+    path = ROOT / "scripts" / f"{name}.py"
+    return str(path if path.exists() else TESTS / "workers" / f"{name}.py")
 
 
 def script_environment(env=None):
