@@ -67,6 +67,7 @@ def posthoc_name(sigma_rel: float, step: int) -> str:
 
 
 _MODEL, _STATE, _MANIFEST = r"model(\d{6,})\.pt", r"state(\d{6,})\.pt", r"checkpoint(\d{6,})\.json"
+_POSTHOC = r"posthoc_[\d.e-]+_\d{6,}\.pt"
 _OF_A_STEP = rf"{_MODEL}|{_STATE}|{_MANIFEST}|opt(\d{{6,}})\.pt|ema_[\d.e-]+_(\d{{6,}})\.pt"
 
 
@@ -125,15 +126,16 @@ def find_beside(main_checkpoint: str, name: str) -> str | None:
     return path if dist_util.on_first_rank(lambda: bf.exists(path)) else None
 
 
-def find_newest_model(folder: str) -> str | None:
+def find_newest_model(folder: str, before: int | None = None) -> str | None:
     """The model file of the newest whole checkpoint in a run folder, or None if there is none.
 
     The first process looks, for all. Files are compared with their checksums; a damaged
     checkpoint is passed over, with a warning, for the one before.
 
+    :param before: if given, pass over the checkpoints of this step and later ones.
     :raises ValueError: on every process, if there are checkpoints but all are damaged.
     """
-    return dist_util.on_first_rank(lambda: _newest_model(folder))
+    return dist_util.on_first_rank(lambda: _newest_model(folder, before))
 
 
 def locate(path: str) -> str:
@@ -154,7 +156,7 @@ def find_posthoc(folder: str) -> list[str]:
     return [
         bf.join(folder, name)
         for name in _names(folder)
-        if re.fullmatch(r"posthoc_[\d.e-]+_\d+\.pt", name)
+        if re.fullmatch(_POSTHOC, name)
     ]
 
 
@@ -170,12 +172,13 @@ def _steps(names: Collection[str], pattern: str) -> set[int]:
     return {int(match.group(1)) for match in matches if match}
 
 
-def _newest_model(folder: str) -> str | None:
+def _newest_model(folder: str, before: int | None = None) -> str | None:
     import blobfile as bf
 
     names = _names(folder)
     problems: list[str] = []
-    for step in sorted(_steps(names, _MANIFEST), reverse=True):
+    steps = (step for step in _steps(names, _MANIFEST) if before is None or step < before)
+    for step in sorted(steps, reverse=True):
         problem = _problem(folder, step)
         if not problem:
             if problems:
@@ -190,6 +193,7 @@ def _newest_model(folder: str) -> str | None:
         )
     # A state file without a manifest tells of a save that was cut off, not of a foreign folder
     foreign = _steps(names, _MODEL) - _steps(names, _STATE)
+    foreign = {step for step in foreign if before is None or step < before}
     return bf.join(folder, model_name(max(foreign))) if foreign else None
 
 
@@ -273,11 +277,16 @@ class _Digest:
         self.file = file
         self.size = 0
         self.hash = hashlib.sha256()
+        self.error: OSError | None = None  # which torch.save hides behind one of its own
 
     def write(self, data: Any) -> int:
         self.hash.update(data)
         self.size += memoryview(data).nbytes
-        return self.file.write(data)
+        try:
+            return self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
     def flush(self) -> None:
         self.file.flush()
@@ -293,7 +302,12 @@ def write_tensors(path: str, value: Any) -> dict[str, Any]:
     """
     with open_whole(path) as file:
         digest = _Digest(file)
-        torch.save(value, digest)  # type: ignore[arg-type]  # a file that is only written to
+        try:
+            torch.save(value, digest)  # type: ignore[arg-type]  # a file that is only written to
+        except RuntimeError:
+            if digest.error is not None:
+                raise digest.error from None
+            raise
     return digest.entry()
 
 
@@ -343,7 +357,9 @@ def remove_partial_files(folder: str) -> None:
     """Remove what a crash in the middle of a write left behind; no file of a checkpoint."""
     if os.path.isdir(folder):
         for name in os.listdir(folder):
-            if name.endswith(".tmp") and step_of(name[: -len(".tmp")]) is not None:
+            whole = name.removesuffix(".tmp")
+            ours = step_of(whole) is not None or re.fullmatch(_POSTHOC, whole)
+            if whole != name and ours:
                 os.unlink(os.path.join(folder, name))
 
 

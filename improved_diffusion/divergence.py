@@ -84,3 +84,10 @@ def divergence_report(loop: TrainLoop, batch: Batch, cond: Cond) -> dict[str, An
         "losses": [str(loss) for part in losses for loss in part.tolist()],
         "images": loop.data.files(first, len(batch)) if isinstance(loop.data, Seekable) else [],
     }
+
+
+def most_telling(reports: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The report of the process where it began: the others see its averaged gradient only."""
+    passed_on = ("the gradient", "nothing")
+    began = [r for r in reports if not r["first_nonfinite"].startswith(passed_on)]
+    return (began or list(reports))[0]

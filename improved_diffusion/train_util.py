@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from . import checkpoint, dist_util, logger
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename
-from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report
+from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report, most_telling
 from .errors import Diverged, RunAgain, Stop
 from .flags import numbers, option, require, require_at_least
 from .fp16_util import (
@@ -216,6 +216,7 @@ class TrainLoop:
         self._loss_finite = torch.tensor(True)  # in the last step
         self._saver = Saver(saving)
         self._last_saved = -1
+        self._stopping = False  # all processes have agreed to stop after this step
 
         dist_util.sync_params(model.parameters())
         self.model_params = list(model.parameters())
@@ -288,7 +289,8 @@ class TrainLoop:
                 self._train(signals, progress)
             except Stop as stop:
                 ending = stop
-        dist_util.barrier()  # the last checkpoint is complete: now every process may end
+            self._saver.wait()
+            dist_util.barrier()  # the last checkpoint is complete: now every process may end
         if ending is not None:
             raise ending
 
@@ -308,7 +310,7 @@ class TrainLoop:
             self._write_log(progress)
             saved = self._save_if_due(signals)
             self.step += 1
-            if signals.received:
+            if self._stopping:  # agreed by all; a signal since then is for the next step
                 raise RunAgain(
                     f"stopped by {signals.received} after step {self.global_step - 1}, which is "
                     f"saved in {get_blob_logdir()}: the same command goes on from there"
@@ -316,9 +318,11 @@ class TrainLoop:
             test = os.environ.get("DIFFUSION_TRAINING_TEST", "")
             if test and saved and self.step > first_step + 1:
                 return
-        if self.step == first_step:
+        # the last checkpoint has the same name, whether or not a signal or the clock made another
+        by_interval = (self.global_step - 1) % self.save_interval == 0
+        if self.step == first_step and (by_interval or self.resume_step == self.global_step):
             logger.log(f"nothing to do: {self.global_step} of {self.total_steps} steps done")
-        elif self._last_saved != self.global_step - 1:
+        elif not (by_interval and self._last_saved == self.global_step - 1):
             self.save()
 
     @property
@@ -484,20 +488,23 @@ class TrainLoop:
         """
         self._saver.wait()
         reports = dist_util.gather_objects(divergence_report(self, batch, cond))
-        step, layer = self.global_step, reports[0]["first_nonfinite"]
+        step, layer = self.global_step, most_telling(reports)["first_nonfinite"]
         path = os.path.join(logger.get_dir() or ".", f"divergence_{step:06d}.json")
         if dist_util.get_rank() == 0:
             checkpoint.write_file(path, (json.dumps(reports, indent=1) + "\n").encode())
         text = f"{PATIENCE} steps in a row up to step {step} had non-finite losses or gradients"
         text += f", first in {layer}; timesteps and images are in {path}"
         dist_util.barrier()
-        good = find_resume_checkpoint()
+        first_bad = step - PATIENCE + 1
+        good = checkpoint.find_newest_model(get_blob_logdir(), before=first_bad)
         if self.lr_scale < 1 or good is None:
             raise Diverged(f"training diverged: {text}; lower --lr, or try --grad_clip 1")
         logger.warn(
             f"WARNING: {text}; going back once, with {LOWERED_RATE:g} times the learning rate"
         )
+        self.resume_checkpoint = good
         restore(self, good)
+        self._set_newer_aside()
         self.lr_scale, self.skipped_in_row = LOWERED_RATE, 0
 
     # -- logging ------------------------------------------------------------------------------
@@ -532,6 +539,7 @@ class TrainLoop:
         self._saver.check()
         by_clock = dist_util.get_rank() == 0 and self._saver.due
         stop, due = dist_util.any_rank(bool(signals.received), by_clock)
+        self._stopping = stop
         if stop and not signals.received:
             signals.received = "a signal to another process"
         if not (stop or due or self.global_step % self.save_interval == 0):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from script_runner import TINY, TINY_SUPER_RES, error_of, start_script, succeed
+from script_runner import TINY, TINY_SUPER_RES, error_of, start_script, succeed, tree
 
 
 class RunsCode:
@@ -44,9 +44,18 @@ def workplace(tmp_path_factory, trained, digits_dir):
     (bad / "empty.pt").write_bytes(b"")
     (bad / "text.pt").write_text("no checkpoint\n")
     torch.save([1, 2], bad / "list.pt")
+    shutil.copy(run / "opt000008.pt", bad)  # without the model
     torch.save({key: weights[key] for key in list(weights)[:-1]}, bad / "less.pt")
     (folder / "bare").mkdir()  # without flags
     shutil.copy(run / "model000008.pt", folder / "bare")
+    for name in ("whole", "cut", "broken"):
+        (folder / name).mkdir()
+        for path in [*trained.folder.glob("*000008.*"), trained.folder / "config.json"]:
+            shutil.copy(path, folder / name)
+    (folder / "cut" / "checkpoint000008.json").unlink()
+    ema = bytearray((folder / "broken" / "ema_0.9_000008.pt").read_bytes())
+    ema[len(ema) // 2] ^= 1
+    (folder / "broken" / "ema_0.9_000008.pt").write_bytes(ema)
     (folder / "damaged").mkdir()
     shutil.copy(run / "model000008.pt", folder / "damaged")
     (folder / "damaged" / "config.json").write_text('{"image_size": 8,')
@@ -441,7 +450,12 @@ def test_checkpoint_of_another_script(sample, evaluate, upsample, upsampler):
     [
         ("gone/model000001.pt", ["does not exist"]),
         ("run/model000009.pt", ["does not exist"]),
-        ("run/opt000008.pt", ["state dict"]),
+        ("bad/opt000008.pt", ["model000008.pt is missing"]),
+        ("bad", ["bad", "holds no checkpoint"]),
+        ("cut/model000008.pt", ["incomplete", "checkpoint000008.json"]),
+        ("cut/opt000008.pt", ["incomplete", "checkpoint000008.json"]),
+        ("broken/model000008.pt", ["ema_0.9_000008.pt is damaged"]),
+        ("broken", ["no whole checkpoint", "ema_0.9_000008.pt is damaged"]),
         ("bad/half.pt", ["damaged"]),
         ("bad/object.pt", ["tensors"]),
         ("bare/model000008.pt", ["--class_cond False here, True in the checkpoint"]),
@@ -449,6 +463,40 @@ def test_checkpoint_of_another_script(sample, evaluate, upsample, upsampler):
 )
 def test_checkpoint_that_cannot_be_resumed_leaves_no_run_folder(train, path, words):
     assert_names(train(resume_checkpoint=path), path, *words)
+
+
+def test_run_whose_only_checkpoint_is_damaged_is_left_alone(train):
+    assert_names(train(log_dir="broken", class_cond=True), "broken", "ema_0.9_000008.pt is damaged")
+
+
+def test_checkpoint_of_another_run_does_not_replace_that_of_the_run_folder(train):
+    line = train(log_dir="whole", resume_checkpoint="run/model000008.pt", class_cond=True)
+    assert_names(line, "--resume_checkpoint run/model000008.pt", "another run", "--log_dir")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ({"train_steps": 3, "train_images": 7}, ["--train_steps 3", "--train_images 7"]),
+        ({"train_steps": 3}, ["--train_steps 3", "--lr_anneal_steps 1"]),
+        ({"precision": "fp8"}, ["--precision", "fp8", "bf16"]),
+        ({"precision": "bf16", "use_fp16": True}, ["--precision bf16", "--use_fp16 True"]),
+        ({"lr_schedule": "square"}, ["--lr_schedule", "square", "cosine"]),
+        ({"lr_schedule": "cosine", "lr_anneal_steps": 0}, ["--lr_schedule cosine", "end"]),
+        ({"lr_schedule": "inverse_sqrt"}, ["--lr_warmup_steps"]),
+        ({"keep_every": 2}, ["--keep_every 2", "--keep_checkpoints"]),
+        ({"posthoc_ema": "0.9"}, ["--posthoc_ema"]),
+        ({"val_data_dir": "empty"}, ["--val_data_dir", "empty", "no images"]),
+        ({"val_data_dir": "gone"}, ["--val_data_dir", "gone", "no folder"]),
+        ({"val_fraction": 1.0}, ["--val_fraction 1"]),
+        ({"val_fraction": 0.5, "val_data_dir": "few"}, ["--val_fraction 0.5", "--val_data_dir"]),
+        ({"train_hours": -1}, ["--train_hours -1"]),
+        ({"grad_clip": -1}, ["--grad_clip -1"]),
+        ({"save_minutes": "nan"}, ["--save_minutes"]),
+    ],
+)
+def test_contradicting_training_says_what_is_wrong(train, flags, words):
+    assert_names(train(flags), *words)
 
 
 # -- what to upsample
@@ -482,13 +530,25 @@ def test_flags_of_the_checkpoint_are_left_as_they_were(workplace, trained, sampl
     assert Image.open(workplace / "few" / "1_0001.png").size == (8, 8)
 
 
-def test_a_failed_start_leaves_the_flags_of_a_run_alone(tmp_path, trained, digits_dir, run_script):
+@pytest.mark.parametrize("named", [True, False])
+def test_a_failed_start_leaves_a_run_alone(tmp_path, trained, digits_dir, run_script, named):
     run = tmp_path / "run"
     shutil.copytree(trained.folder, run)
     shutil.copy(trained.path, tmp_path / "lone.pt")
-    before = (run / "config.json").read_bytes()
+    before = tree(run)
+    flags = {**TINY, "data_dir": digits_dir, "log_dir": "run"}
+    flags |= {"class_cond": True, "num_channels": 64, "batch_size": 8}
+    flags |= {"resume_checkpoint": "lone.pt"} if named else {}
+    line = error_of(run_script("image_train", flags, cwd=tmp_path))
+    assert_names(line, "--resume_checkpoint lone.pt" if named else "--num_channels 64")
+    assert tree(run) == before
+
+
+def test_a_failed_start_from_elsewhere_makes_no_run(tmp_path, trained, digits_dir, run_script):
+    """The flags of the checkpoint are not known, and what is given does not fit it."""
+    shutil.copy(trained.path, tmp_path / "lone.pt")
     flags = {**TINY, "data_dir": digits_dir, "log_dir": "run", "resume_checkpoint": "lone.pt"}
     flags |= {"class_cond": True, "num_channels": 64, "batch_size": 8}
     line = error_of(run_script("image_train", flags, cwd=tmp_path))
-    assert "--num_channels 64" in line
-    assert (run / "config.json").read_bytes() == before
+    assert_names(line, "lone.pt", "--num_channels 64")
+    assert not (tmp_path / "run").exists()

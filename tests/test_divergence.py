@@ -1,6 +1,7 @@
 """Losses and gradients that are not finite: skipped, rolled back, and in the end given up."""
 
 import csv
+import itertools
 import json
 import signal
 
@@ -63,11 +64,11 @@ def test_a_single_bad_step_is_skipped_and_counted(run_dir, digits_dir, kind):
 
     loop.run_step = watched_run_step
     loop.run_loop()
-    same = [all(map(torch.equal, a, b)) for a, b in zip(before, before[1:], strict=False)]
+    same = [all(map(torch.equal, a, b)) for a, b in itertools.pairwise(before)]
     assert same == [False, True, False, False, False]  # step 2 left the weights alone
     assert [row["skipped_steps"] for row in rows(run_dir)] == ["", "", "1", "1", "1", "1"]
     assert "step 2 is skipped" in log_text(run_dir)
-    state = torch.load(run_dir / "state000006.pt")
+    state = torch.load(run_dir / "state000005.pt")  # written inside the loop
     assert (state["skipped"], state["skipped_in_row"]) == (1, 0)
     assert not list(run_dir.glob("divergence*"))
     assert_saved_weights_are_finite(run_dir)

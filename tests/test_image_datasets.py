@@ -3,12 +3,16 @@
 import gc
 import itertools
 import logging
+import multiprocessing
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 from golden_data import GOLDEN, load_json, npz
+from launchers import environment
 from PIL import Image
 
 from improved_diffusion import dist_util, image_datasets
@@ -18,6 +22,7 @@ from improved_diffusion.image_datasets import (
     GlobalBatchSampler,
     ImageDataset,
     ImageList,
+    Seekable,
     list_images,
     load_data,
     load_once,
@@ -457,38 +462,33 @@ def take(sampler, count):
     return list(itertools.islice(iter(sampler), count))
 
 
-def epochs(size, batch_size, seed, world_size, count=2):
-    """[epoch][rank] -> the indices that a process gets in an epoch."""
-    per_epoch = size // (batch_size * world_size)
+def stream(size, batch_size, seed, world_size, count):
+    """The first ``count`` images of all processes together, global batch by global batch."""
+    rounds = -(-count // (batch_size * world_size))
     by_rank = [
-        take(GlobalBatchSampler(size, batch_size, seed, rank, world_size), count * per_epoch)
+        take(GlobalBatchSampler(size, batch_size, seed, rank, world_size), rounds)
         for rank in range(world_size)
     ]
-    return [
-        [flat(batches[e * per_epoch : (e + 1) * per_epoch]) for batches in by_rank]
-        for e in range(count)
-    ]
+    return flat(flat(parts) for parts in zip(*by_rank, strict=True))[:count]
 
 
 @pytest.mark.parametrize(("size", "batch_size", "world_size"), [(24, 3, 4), (23, 2, 3), (7, 7, 1)])
-def test_no_image_comes_twice_in_an_epoch_across_processes(size, batch_size, world_size):
-    for epoch in epochs(size, batch_size, seed=5, world_size=world_size, count=3):
-        seen = flat(epoch)
-        assert len(seen) == len(set(seen)) == size - size % (batch_size * world_size)
-        assert set(seen) <= set(range(size))
+def test_each_image_comes_once_in_each_epoch_across_processes(size, batch_size, world_size):
+    """Also where the images are no multiple of the global batch, which then straddles epochs."""
+    images = stream(size, batch_size, 5, world_size, 5 * size)
+    epochs = [images[start : start + size] for start in range(0, 5 * size, size)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(size))
+    assert len({tuple(epoch) for epoch in epochs}) == 5
 
 
 def test_epochs_and_processes_differ():
-    (first, second), again = epochs(64, 4, seed=1, world_size=2)
+    ranks = [take(GlobalBatchSampler(64, 4, 1, rank, 2), 16) for rank in range(2)]
+    (first, again), (second, _) = [(flat(rank[:8]), flat(rank[8:])) for rank in ranks]
     assert set(first).isdisjoint(second)
-    assert first != again[0]
-    assert set(first) != set(again[0])  # not the same share in another order
+    assert first != again
+    assert set(first) != set(again)  # not the same share in another order
     assert first != sorted(first)
-
-
-def test_what_sits_one_epoch_out_comes_in_another():
-    seen = set(flat(epoch[0] for epoch in epochs(10, 4, seed=0, world_size=1, count=8)))
-    assert seen == set(range(10))
 
 
 def test_order_depends_on_the_seed_alone():
@@ -510,15 +510,30 @@ def test_global_batches_are_the_same_for_any_number_of_processes(seed, world_siz
     assert [flat(parts) for parts in zip(*ranks, strict=True)] == alone
 
 
-@pytest.mark.parametrize("start", [0, 1, 3, 4, 11])
-def test_start_passes_over_batches(start):
-    """Four batches to an epoch, of 13 images; also into the middle of a later epoch."""
-    whole = take(GlobalBatchSampler(13, 3, 5, 0, 1), 20)
-    assert take(GlobalBatchSampler(13, 3, 5, 0, 1, start), 20 - start) == whole[start:]
+@pytest.mark.parametrize("start", [0, 1, 4, 12, 13, 14, 40])
+@pytest.mark.parametrize(("batch_size", "world_size"), [(3, 1), (3, 2), (2, 4), (13, 1)])
+def test_start_passes_over_images_whatever_batch_and_processes(start, batch_size, world_size):
+    """Also into the middle of a batch, and of a later epoch; there are 13 images."""
+    whole = stream(13, 3, 5, 1, 90)
+    parts = [
+        take(GlobalBatchSampler(13, batch_size, 5, rank, world_size, start), 3)
+        for rank in range(world_size)
+    ]
+    found = flat(flat(shares) for shares in zip(*parts, strict=True))
+    assert found == whole[start : start + len(found)]
+
+
+@pytest.mark.parametrize("seed", [None, 5])
+def test_indices_at_a_position_are_those_of_the_batches(seed):
+    """In any order of asking, as a report of an earlier batch does."""
+    whole = stream(13, 4, seed, 1, 60)
+    sampler = GlobalBatchSampler(13, 4, seed, 0, 1, 20)
+    for first, count in [(0, 4), (30, 20), (11, 5), (12, 1), (0, 60), (7, 0)]:
+        assert sampler.indices(first, count) == whole[first : first + count]
 
 
 def test_without_a_seed_the_order_is_that_of_the_files():
-    assert take(GlobalBatchSampler(5, 2, None, 0, 1), 4) == [[0, 1], [2, 3], [0, 1], [2, 3]]
+    assert take(GlobalBatchSampler(5, 2, None, 0, 1), 4) == [[0, 1], [2, 3], [4, 0], [1, 2]]
 
 
 @pytest.mark.parametrize(
@@ -542,8 +557,7 @@ def test_suggested_batch_size_works():
 
 
 def test_images_that_fill_one_global_batch_exactly_are_enough():
-    (epoch,) = epochs(16, 4, seed=0, world_size=4, count=1)
-    assert sorted(flat(epoch)) == list(range(16))
+    assert sorted(stream(16, 4, 0, 4, 16)) == list(range(16))
 
 
 # -- batches
@@ -562,10 +576,10 @@ def test_batches_never_end(numbered):
         num_workers=0,
     )
     batches = list(itertools.islice(data, 7))
-    expected = [values[0:4], values[4:8]] * 4
-    for (batch, cond), value, start in zip(batches, expected, itertools.cycle([0, 4])):
-        assert levels(batch)[:, 0, 0, 0].tolist() == value
-        assert cond["y"].tolist() == found.classes[start : start + 4]
+    for number, (batch, cond) in enumerate(batches):
+        places = [place % 10 for place in range(4 * number, 4 * number + 4)]
+        assert levels(batch)[:, 0, 0, 0].tolist() == [values[place] for place in places]
+        assert cond["y"].tolist() == [found.classes[place] for place in places]
 
 
 def numbers_seen(found, count, **arguments):
@@ -628,6 +642,133 @@ def test_load_data_refuses_less_than_a_global_batch_before_reading(tmp_path, pla
     place(1, 3)
     with pytest.raises(UserError, match=r"5 images .* global batch of 6"):
         load_data(data_dir="", images=found, batch_size=2, image_size=8, deterministic=True)
+
+
+# -- going on from any position
+
+
+def make_stream(found, start=0, **changes):
+    options = {"batch_size": 3, "image_size": 4, "channels": 1, "num_workers": 0, "seed": 7}
+    return load_data(data_dir="-", images=found, start=start, **{**options, **changes})
+
+
+def seen_in(data, count):
+    return [levels(batch)[:, 0, 0, 0].tolist() for batch, _ in itertools.islice(data, count)]
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("batches", [0, 2, 3, 8])
+def test_seeking_is_skipping(numbered, batches, num_workers):
+    found, _ = numbered
+    whole = make_stream(found)
+    expected = seen_in(whole, 12)[batches : batches + 4]
+    data = make_stream(found, num_workers=num_workers)
+    next(data)
+    data.seek(3 * batches)
+    assert seen_in(data, 4) == expected
+    assert seen_in(make_stream(found, start=3 * batches, num_workers=num_workers), 4) == expected
+
+
+def test_seeking_back_ends_the_processes_that_read_ahead(numbered):
+    data = make_stream(numbered[0], num_workers=1)
+    for _ in range(3):
+        first = seen_in(data, 1)
+        assert len(multiprocessing.active_children()) == 1
+        data.seek(0)
+    assert multiprocessing.active_children() == []
+    assert seen_in(data, 1) == first
+
+
+def test_another_number_of_processes_continues_the_same_stream(numbered, place, monkeypatch):
+    """Four batches of 2 on two processes, then batches of 3 on one, then of 1 on three."""
+    monkeypatch.setattr(dist_util, "broadcast_object", lambda value: value)
+    found, _ = numbered
+    whole = flat(seen_in(make_stream(found, batch_size=1), 40))
+    continued = []
+    for world_size, batch_size, rounds in [(2, 2, 4), (1, 3, 3), (3, 1, 2)]:
+        ranks = []
+        for rank in range(world_size):
+            place(rank, world_size)
+            data = make_stream(found, batch_size=batch_size)
+            data.seek(len(continued))
+            ranks.append(seen_in(data, rounds))
+        continued += flat(flat(parts) for parts in zip(*ranks, strict=True))
+    assert continued == whole[: 16 + 9 + 6]
+
+
+def test_files_at_a_position_are_those_of_the_batches(numbered, place, monkeypatch):
+    monkeypatch.setattr(dist_util, "broadcast_object", lambda value: value)
+    found, values = numbered
+    place(1, 2)
+    data = make_stream(found)
+    batches = seen_in(data, 4)
+    for number, batch in enumerate(batches):
+        files = data.files(6 * number + 3, 3)  # of the second process
+        assert [values[found.paths.index(file)] for file in files] == batch
+    assert seen_in(data, 1)[0] != batches[-1]  # asking for files does not move the stream
+
+
+def test_batches_are_changed_by_a_function_from_now_on(numbered):
+    found, _ = numbered
+    plain = make_stream(found)
+    expected = [next(plain) for _ in range(3)]
+    data = make_stream(found)
+    assert torch.equal(next(data)[0], expected[0][0])
+    assert data.map(lambda batch: (-batch[0], {**batch[1], "extra": 1})) is data
+    batch, cond = next(data)
+    assert torch.equal(batch, -expected[1][0])
+    assert cond["extra"] == 1
+    data.seek(6)
+    assert torch.equal(next(data)[0], -expected[2][0])  # also after a seek
+
+
+def test_streams_are_seekable_and_generators_are_not(numbered):
+    assert isinstance(make_stream(numbered[0]), Seekable)
+    assert not isinstance(iter([]), Seekable)
+
+
+READING = """
+import os, signal, sys
+from improved_diffusion.dist_util import run_main
+from improved_diffusion.image_datasets import load_data
+
+def main():
+    data = load_data(
+        data_dir=sys.argv[1], batch_size=5, image_size=4, channels=1, deterministic=True
+    )
+    next(data)
+    if sys.argv[2] == "signal":  # sent to all processes, as Slurm does
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        os.killpg(0, signal.SIGTERM)
+        for _ in range(10):
+            next(data)
+    elif sys.argv[2] == "error":
+        raise RuntimeError("a defect of ours")
+    elif sys.argv[2] == "broken":
+        for _ in range(10):
+            next(data)
+    print("done", flush=True)
+
+run_main(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("how", "code"), [("plain", 0), ("signal", 0), ("error", 1), ("broken", 2)]
+)
+def test_readers_outlive_signals_but_not_the_run(numbered, tmp_path, how, code):
+    if how == "broken":
+        break_file(tmp_path / "2_8.png", "text")
+    done = subprocess.run(
+        [sys.executable, "-c", READING, str(tmp_path), how],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        start_new_session=True,
+        env=environment(),
+    )
+    assert done.returncode == code, done.stderr
+    assert (done.stdout == "done\n") == (code == 0)
 
 
 # -- each image once

@@ -1,3 +1,5 @@
+"""Which timesteps a batch gets, and the weights of their losses."""
+
 import numpy as np
 import pytest
 import torch
@@ -149,3 +151,94 @@ def test_unknown_sampler_error_lists_the_choices(diffusion):
     for name in SCHEDULE_SAMPLERS:
         assert name in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+# -- draws that are given, and what goes with a checkpoint
+
+
+@pytest.mark.parametrize("weights", [[1, 1, 1, 1, 1], [1, 2, 3, 4, 10], [0.5, 1e-9, 7, 1e-9, 2]])
+def test_given_uniforms_decide_as_numpys_choice_would(weights):
+    sampler = FixedSampler(weights)
+    p = np.array(weights, dtype=np.float64) / np.sum(weights)
+    for seed in range(20):
+        state = np.random.RandomState(seed)
+        timesteps, factors = sampler.sample(50, "cpu", uniforms=state.random_sample(50))
+        expected = np.random.RandomState(seed).choice(5, size=50, p=p)
+        np.testing.assert_array_equal(timesteps, expected)
+        np.testing.assert_allclose(factors, 1 / (5 * p[expected]), rtol=1e-6)
+        assert timesteps.dtype == torch.int64
+        assert factors.dtype == torch.float32
+
+
+def test_given_uniforms_spread_over_the_timesteps_by_their_weights():
+    weights = np.array([1, 2, 3, 4, 10]) / 20
+    uniforms = (np.arange(2000) + 0.5) / 2000
+    timesteps, _ = FixedSampler(weights).sample(2000, "cpu", uniforms=uniforms)
+    np.testing.assert_array_equal(np.bincount(timesteps), 2000 * weights)
+    ends, _ = FixedSampler(weights).sample(2, "cpu", uniforms=np.array([0, np.nextafter(1, 0)]))
+    assert ends.tolist() == [0, 4]
+
+
+def test_given_uniforms_leave_the_global_generator_alone(diffusion):
+    before = np.random.get_state()[1].copy()
+    UniformSampler(diffusion).sample(4, "cpu", uniforms=np.random.default_rng(0).random(4))
+    np.testing.assert_array_equal(np.random.get_state()[1], before)
+
+
+def filled(diffusion, terms=3, seed=0):
+    sampler = LossSecondMomentResampler(diffusion, history_per_term=terms)
+    rng = np.random.default_rng(seed)
+    sampler.update_with_all_losses(np.tile(np.arange(STEPS), 4), rng.random(4 * STEPS))
+    return sampler
+
+
+@pytest.mark.parametrize("full", [True, False])
+def test_history_goes_with_a_checkpoint(diffusion, tmp_path, full):
+    one = filled(diffusion) if full else LossSecondMomentResampler(diffusion, history_per_term=3)
+    one.update_with_all_losses([2, 2], [5.0, 7.0])
+    torch.save(one.state_dict(), tmp_path / "x.pt")
+    other = filled(diffusion, seed=9)
+    other.load_state_dict(torch.load(tmp_path / "x.pt", weights_only=True))
+    for step in range(3):
+        np.testing.assert_array_equal(one.weights(), other.weights())
+        for sampler in (one, other):
+            sampler.update_with_all_losses(range(STEPS), np.arange(STEPS) + 0.5 * step)
+    assert (one.weights() != 1).any()
+
+
+def test_stored_history_is_a_copy(diffusion):
+    sampler = filled(diffusion)
+    state = sampler.state_dict()
+    before = {key: value.clone() for key, value in state.items()}
+    other = filled(diffusion, seed=9)
+    other.load_state_dict(state)
+    for changed in (sampler, other):
+        changed.update_with_all_losses([1, 2], [100.0, 100.0])
+    assert all(torch.equal(state[key], before[key]) for key in state)
+
+
+@pytest.mark.parametrize("state", [{}, {"loss_history": torch.zeros(4, 3)}])
+def test_history_of_another_sampler_is_refused(diffusion, state):
+    sampler = filled(diffusion)
+    before = sampler.weights().copy()
+    with pytest.raises(UserError, match=r"shape \(5, 3\) here"):
+        sampler.load_state_dict(state)
+    np.testing.assert_array_equal(sampler.weights(), before)
+
+
+def test_sampler_without_a_state_has_an_empty_one():
+    sampler = RecordingSampler()
+    assert sampler.state_dict() == {}
+    sampler.load_state_dict({})
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_losses_that_are_not_finite_are_ignored(diffusion, bad):
+    sampler, same = filled(diffusion), filled(diffusion)
+    sampler.update_with_all_losses([0, 1, 2, 1], [1.5, bad, 2.5, 3.5])
+    same.update_with_all_losses([0, 2, 1], [1.5, 2.5, 3.5])
+    np.testing.assert_array_equal(sampler.weights(), same.weights())
+    assert np.isfinite(sampler.weights()).all()
+    young = LossSecondMomentResampler(diffusion, history_per_term=1)
+    young.update_with_all_losses(range(STEPS), [1.0, 2.0, bad, 3.0, 4.0])
+    np.testing.assert_array_equal(young.weights(), np.ones(STEPS))

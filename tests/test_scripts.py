@@ -24,8 +24,10 @@ from script_runner import (
 
 from improved_diffusion.sample_util import grid
 
+STEPS = ("000000", "000004")
 CHECKPOINTS = [
-    f"{kind}{step}.pt" for kind in ("ema_0.9_", "model", "opt") for step in ("000000", "000004")
+    *(f"{kind}{step}.pt" for kind in ("ema_0.9_", "model", "opt", "state") for step in STEPS),
+    *(f"checkpoint{step}.json" for step in STEPS),
 ]
 LOGS = ["config.json", "log.txt", "progress.csv", "progress.json"]
 
@@ -67,8 +69,15 @@ def test_training_test_stops_after_the_first_save_past_step_0(trained):
 
 def test_same_command_continues(trained):
     said = trained.continued.stdout
-    for thing, name in [("model", "model"), ("EMA 0.9", "ema_0.9_"), ("optimiser", "opt")]:
+    for thing, name in [
+        ("model", "model"),
+        ("EMA 0.9", "ema_0.9_"),
+        ("optimiser", "opt"),
+        ("counters and loss scale", "state"),
+    ]:
         assert f"resume: {thing} restored from {trained.folder}/{name}000004.pt" in said
+    assert "resume: data restored, goes on after 40 images" in said
+    assert "cold" not in said
     last = [name.replace("000004", "000008") for name in CHECKPOINTS]
     assert names(trained.folder) == sorted({*CHECKPOINTS, *last, *LOGS})
 
@@ -106,8 +115,8 @@ def test_what_is_printed_is_also_in_the_log(trained):
 def test_start_says_what_is_trained_on_what(trained, digits_dir):
     said = trained.stopped.stdout
     parameters = sum(value.numel() for value in load(trained.path).values())
-    assert f"{parameters:,} parameters, {NUM_DIGITS} images, 10 classes\n" in said
-    assert "1 x 8 = global batch of 8; 8 steps\n" in said
+    assert f"{parameters:,} parameters in fp32, {NUM_DIGITS} images, 10 classes\n" in said
+    assert "1 process x 1 microbatch x 8 = global batch of 8; 8 steps\n" in said
     assert "1 process on CPU, seed 0\n" in said
 
 
@@ -120,6 +129,7 @@ def test_flags_are_stored_beside_the_checkpoints(trained, digits_dir):
     assert flags["use_scale_shift_norm"] is True  # a default
     assert flags["num_classes"] == 10  # counted
     assert flags["class_names"] == list("0123456789")
+    assert flags["began_from"] == flags["resume_checkpoint"] == ""
 
 
 def test_checkpoints_hold_weights_averages_and_the_optimiser(trained):
@@ -500,8 +510,10 @@ def test_super_resolution_is_trained_and_continued(upsampler):
 def test_small_images_are_averages_of_the_large(digits_dir):
     script = load_module("scripts", "super_res_train")
     large, y = torch.rand(3, 1, 8, 12), torch.arange(3)
-    ((same, cond),) = script.with_low_res(iter([(large, {"y": y})]), (4, 6))
+    given = {"y": y}
+    same, cond = script.add_low_res((large, given), (4, 6))
     assert torch.equal(same, large)
+    assert given.keys() == {"y"}  # a batch that is used again stays as it is
     assert set(cond) == {"y", "low_res"}
     expected = large.reshape(3, 1, 4, 2, 6, 2).mean(dim=(3, 5))
     torch.testing.assert_close(cond["low_res"], expected)

@@ -60,10 +60,11 @@ def test_training_runs_and_continues_on_two_processes(tmp_path, digits_dir, laun
         )
         succeed(done)
     assert done.stdout.startswith(f"Logging to {tmp_path / 'run'}\n")
-    assert "2 x 4 = global batch of 8; 4 steps" in done.stdout
+    assert "2 processes x 1 microbatch x 4 = global batch of 8; 4 steps" in done.stdout
     assert "optimiser restored" in done.stdout
     names = {path.name for path in (tmp_path / "run").iterdir()}
     assert {"config.json", "log.txt", "log-rank001.txt", "model000004.pt"} <= names
+    assert {"state000004.pt", "checkpoint000004.json"} <= names
     assert not any(name.endswith(".tmp") for name in names)
 
 

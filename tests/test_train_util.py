@@ -4,18 +4,22 @@ import csv
 import json
 import os
 import re
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from golden_data import load_json
 from torch.utils._python_dispatch import TorchDispatchMode
-from toy import STEPS, TimestepByImage, batches, make_batch, make_diffusion, make_model
+from toy import STEPS, TimestepByImage, batches, calm, make_batch, make_diffusion, make_model
 
 from improved_diffusion import checkpoint, logger
 from improved_diffusion.errors import UserError
+from improved_diffusion.optimization import PRECISIONS, OptimizationOptions
+from improved_diffusion.posthoc_ema import gamma_of
 from improved_diffusion.resample import LossSecondMomentResampler
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.stopping import Bounds
 from improved_diffusion.train_util import (
     TrainLoop,
     TrainOptions,
@@ -68,7 +72,7 @@ def rows(folder):
         return list(csv.DictReader(file))
 
 
-# -- recorded runs ------------------------------------------------------------------------------
+# -- recorded runs --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["five", "four", "fp16"])
@@ -164,7 +168,7 @@ def test_float16_follows_float32(run_dir):
     half.lg_loss_scale = 10.0  # the woken network overflows at the default
     half.run_loop()
     full.run_loop()
-    ours = list(half._state_dict(half.master_params).values())
+    ours = list(half.state_dict_of(half.master_params).values())
     start, theirs = list(make_model().parameters()), full.model_params
     moved = sum((b - a).abs().sum() for a, b in zip(start, theirs, strict=True))
     apart = sum((b - a).abs().sum() for a, b in zip(ours, theirs, strict=True))
@@ -395,6 +399,402 @@ def test_ema_file_is_found_beside_the_model(tmp_path):
     assert find_ema_checkpoint(model, 12, 0.999) == str(tmp_path / "ema_0.999_000012.pt")
     assert find_ema_checkpoint(model, 12, "0.99") is None
     assert find_ema_checkpoint("", 12, "0.99") is None
+
+
+# -- a seed, and what a run needs to go on exactly ------------------------------------------------
+
+
+class Data:
+    """Images of which a position in the stream says which come next; may end in an accident."""
+
+    def __init__(self, die_at=None, size=4):
+        self.position, self.die_at, self.size = 0, die_at, size
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if self.position == self.die_at:
+            raise ConnectionError("killed")
+        self.position += self.size
+        return make_batch(self.position, self.size), {}
+
+    def seek(self, images):
+        self.position = images
+
+    def files(self, first, count):
+        return [f"{index}.png" for index in range(first, first + count)]
+
+
+def seeded_loop(importance=False, die_at=None, seed=3, **changes):
+    """A loop with random noise, timesteps and dropout."""
+    diffusion = make_diffusion(SpacedDiffusion)
+    sampler = LossSecondMomentResampler(diffusion, history_per_term=1) if importance else None
+    arguments = {
+        "model": make_model(dropout=0.1),
+        "diffusion": diffusion,
+        "data": Data(die_at),
+        "schedule_sampler": sampler,
+        "seed": seed,
+    }
+    return make_loop(**{**arguments, **changes})
+
+
+def parameters(loop):
+    return [param.detach().clone() for param in loop.master_params]
+
+
+def assert_equal(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_seed_gives_the_same_run_whatever_the_global_generators(tmp_path):
+    results = []
+    for i, seed in enumerate((3, 3, 4)):
+        with logger.scoped_configure(str(tmp_path / str(i)), format_strs=[]):
+            loop = seeded_loop(seed=seed, lr_anneal_steps=2)
+            torch.manual_seed(i)
+            np.random.seed(i)
+            loop.run_loop()
+            results.append(parameters(loop))
+    assert_equal(results[0], results[1])
+    assert not torch.equal(results[0][0], results[2][0])
+
+
+@pytest.mark.parametrize("microbatch", [1, 2, 3])
+def test_microbatches_of_a_seeded_run_are_the_whole_batch(tmp_path, microbatch):
+    """The same timesteps and noise for each image; only rounding differs."""
+    loops = []
+    for i, size in enumerate((-1, microbatch)):
+        with logger.scoped_configure(str(tmp_path / str(i)), format_strs=[]):
+            loop = seeded_loop(model=make_model(), microbatch=size, lr_anneal_steps=4)
+            calm(loop).run_loop()
+            loops.append(loop)
+    start = list(make_model().parameters())
+    moved = max((a - b).abs().max() for a, b in zip(parameters(loops[0]), start, strict=True))
+    assert moved > 1e-4
+    for ours, theirs in zip(*map(parameters, loops), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_without_a_seed_draws_come_from_the_global_generators(run_dir):
+    torch.manual_seed(5)
+    np.random.seed(5)
+    loop = seeded_loop(seed=None, model=make_model())
+    torch.manual_seed(5)
+    np.random.seed(5)
+    batch = make_batch(0)
+    loop.forward_backward(batch, {})
+    after = torch.get_rng_state()
+    np.random.seed(5)
+    torch.manual_seed(5)
+    p = np.full(STEPS, 1 / STEPS)
+    assert loop.timesteps[0].tolist() == np.random.choice(STEPS, 4, p=p).tolist()
+    torch.randn_like(batch)
+    assert torch.equal(torch.get_rng_state(), after)
+
+
+STABLE = OptimizationOptions(precision="fp16", grad_clip=0.1, ema_warmup=True)
+
+
+@pytest.mark.parametrize(
+    ("die_at", "changes"),
+    [
+        (0, {}),
+        (3, {}),
+        (4, {}),
+        (7, {}),
+        (4, {"importance": True, "microbatch": 3}),
+        (5, {"use_fp16": True}),
+        (4, {"optimization": STABLE}),
+        (5, {"posthoc_ema": "0.05,0.1", "log_interval": 4}),
+    ],
+    ids=["first", "middle", "saved", "last", "importance", "use_fp16", "autocast", "posthoc"],
+)
+def test_run_that_dies_at_any_step_ends_as_the_uninterrupted_one(tmp_path, changes, die_at):
+    """Weights, averages, optimiser, counters and log, bit for bit."""
+    options = {"lr_anneal_steps": 8, "save_interval": 2, "log_interval": 3, **changes}
+    with logger.scoped_configure(str(tmp_path / "whole"), format_strs=["csv"]):
+        seeded_loop(**options).run_loop()
+    with (
+        logger.scoped_configure(str(tmp_path / "part"), format_strs=["csv"]),
+        pytest.raises(ConnectionError),
+    ):
+        seeded_loop(**options, die_at=4 * die_at).run_loop()
+    with logger.scoped_configure(str(tmp_path / "part"), format_strs=["csv", "log"]):
+        seeded_loop(**options).run_loop()
+    if die_at:
+        assert "cold" not in log_text(tmp_path / "part")
+        assert "resume: data restored, goes on after" in log_text(tmp_path / "part")
+    assert rows(tmp_path / "part") == rows(tmp_path / "whole")
+    for name in sorted(path.name for path in (tmp_path / "whole").glob("*000008.pt")):
+        whole, part = load(tmp_path / "whole" / name), load(tmp_path / "part" / name)
+        for state in (whole, part):
+            state.pop("seconds", None)
+        assert_same(whole, part, name)
+
+
+def assert_same(a, b, where):
+    """Dicts, lists, numbers and tensors, equal bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b), where
+    elif isinstance(a, dict):
+        assert list(a) == list(b), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}: {key}")
+    elif isinstance(a, list | tuple):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    else:
+        assert a == b, where
+
+
+def test_loss_scale_sampler_and_pending_rows_are_restored(run_dir):
+    loop = seeded_loop(
+        importance=True, use_fp16=True, log_interval=100, lr_anneal_steps=0, microbatch=3
+    )
+    for _ in range(3):
+        loop.run_step(*next(loop.data))
+        loop.step += 1
+    loop.lg_loss_scale, loop.seconds = 7.25, 12.5
+    loop.save()
+    logged = dict(logger.getkvs())
+    again = seeded_loop(importance=True, use_fp16=True, log_interval=100, lr_anneal_steps=0)
+    assert (again.lg_loss_scale, again.seconds, again.global_step) == (7.25, 12.5, 3)
+    assert (again.images, again.data.position) == (12, 12)
+    np.testing.assert_array_equal(
+        again.schedule_sampler._loss_history, loop.schedule_sampler._loss_history
+    )
+    assert again.schedule_sampler._loss_counts.sum() > 0
+    assert_same(again.pending_losses, loop.pending_losses, "pending")
+    assert len(again.pending_losses) == 6  # steps x microbatches
+    assert {key: float(value) for key, value in logger.getkvs().items()} == pytest.approx(
+        {key: float(value) for key, value in logged.items()}
+    )
+    assert "history of the schedule sampler restored" in log_text(run_dir)
+
+
+def test_folder_of_the_original_still_resumes(tmp_path):
+    """Model, averages and optimiser are all it has; the step is told by the optimiser."""
+    changes = {"lr_anneal_steps": 6, "save_interval": 2}
+    with logger.scoped_configure(str(tmp_path / "whole"), format_strs=[]):
+        make_loop(**changes).run_loop()
+    (tmp_path / "part").mkdir()
+    for path in (tmp_path / "whole").glob("*000002.pt"):
+        if not path.name.startswith("state"):
+            shutil.copy(path, tmp_path / "part")
+    with logger.scoped_configure(str(tmp_path / "part"), format_strs=["log"]):
+        loop = make_loop(data=batches(first=3), model=make_model(seed=9), **changes)
+        assert (loop.resume_step, loop.step, loop.images) == (2, 1, 12)
+        loop.run_loop()
+    text = log_text(tmp_path / "part")
+    assert "optimiser restored" in text
+    assert "loss scale and counters cold, no file state000002.pt" in text
+    assert "data cold" in text
+    for name in ("model000006.pt", "ema_0.9_000006.pt", "opt000006.pt"):
+        assert_same(load(tmp_path / "whole" / name), load(tmp_path / "part" / name), name)
+
+
+def test_going_back_sets_later_checkpoints_aside(run_dir):
+    make_loop(lr_anneal_steps=6, save_interval=2).run_loop()
+    loop = make_loop(resume_checkpoint=str(run_dir / "opt000002.pt"), lr_anneal_steps=6)
+    assert loop.global_step == 3
+    assert "later checkpoints count no more: those of steps [4, 6]" in log_text(run_dir)
+    assert find_resume_checkpoint() == str(run_dir / "model000002.pt")
+
+
+# -- precision and stability ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_loss_falls_in_every_precision(run_dir, precision):
+    loop = make_loop(
+        optimization=OptimizationOptions(precision=precision), lr=1e-3, lr_anneal_steps=0
+    )
+    inside = set()
+    loop.model.input_blocks[1].register_forward_hook(lambda m, a, out: inside.add(out.dtype))
+    losses, batch = [], make_batch(0)
+    for _ in range(30):
+        loop.run_step(batch, {})
+        losses.append(loop.pending_losses[-1][1]["loss"].mean().item())
+        loop.step += 1
+    assert inside == {PRECISIONS[precision] or torch.float32}
+    assert np.isfinite(losses).all()
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert {param.dtype for param in loop.model_params} == {torch.float32}
+    assert (loop.skipped > 0) <= (precision == "fp16")  # while its scale is too high
+
+
+def test_loss_scale_of_autocast_moves_and_is_restored(run_dir):
+    options = {"optimization": OptimizationOptions(precision="fp16"), "lr_anneal_steps": 0}
+    loop = make_loop(**options, fp16_scale_growth=0.25)
+    loop.lg_loss_scale = 60.0
+    for step, expected in enumerate([59.0, 58.0]):
+        loop.run_step(make_batch(step), {})
+        assert loop.lg_loss_scale == expected
+        loop.step += 1
+    assert loop.skipped == loop.skipped_in_row == 2
+    loop.lg_loss_scale = 8.0
+    for step, expected in enumerate([8.25, 8.5]):
+        loop.run_step(make_batch(step), {})
+        assert loop.lg_loss_scale == expected
+        loop.step += 1
+    assert (loop.skipped, loop.skipped_in_row) == (2, 0)
+    assert logger.getkvs()["skipped_steps"] == 2
+    loop.save()
+    again = make_loop(**options)
+    assert (again.lg_loss_scale, again.skipped) == (8.5, 2)
+
+
+def test_gradient_does_not_depend_on_the_loss_scale(run_dir):
+    """A power of two changes no digit, as long as nothing over- or underflows."""
+    norms = []
+    for scale in (0.0, 8.0):
+        loop = make_loop(optimization=OptimizationOptions(precision="fp16"))
+        loop.lg_loss_scale = scale
+        loop.run_step(make_batch(0), {})
+        norms.append(float(logger.dumpkvs()["grad_norm"]))
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("use_fp16", [False, True])
+@pytest.mark.parametrize("grad_clip", [0.01, 1e6])
+def test_gradient_of_an_update_is_clipped(run_dir, grad_clip, use_fp16):
+    loop = make_loop(optimization=OptimizationOptions(grad_clip=grad_clip), use_fp16=use_fp16)
+    loop.lg_loss_scale = 8.0
+    used = []
+    loop.opt.register_step_pre_hook(
+        lambda *_: used.append(torch.nn.utils.get_total_norm(loop._gradients()).item())
+    )
+    loop.run_step(make_batch(0), {})
+    logged = float(logger.getkvs()["grad_norm"])
+    assert logged > 0.1  # of the gradient as it was
+    assert used == [pytest.approx(min(logged, grad_clip), rel=1e-3)]
+
+
+def test_loss_that_is_not_finite_skips_the_update_alone(run_dir):
+    loop = make_loop(lr_anneal_steps=0)
+    loop.run_step(make_batch(0), {})
+    loop.step += 1
+    before, averages = parameters(loop), [p.clone() for p in loop.ema_params[0]]
+    loop.run_step(torch.full((4, 1, 8, 8), float("nan")), {})
+    loop.step += 1
+    assert_equal(parameters(loop), before)
+    assert_equal(loop.ema_params[0], averages)
+    assert (loop.skipped, loop.steps_done, loop.images) == (1, 2, 8)
+    assert "non-finite loss or gradient: step 1 is skipped" in log_text(run_dir)
+    loop.run_step(make_batch(1), {})
+    assert not torch.equal(loop.master_params[0], before[0])
+    assert loop.skipped_in_row == 0
+
+
+def test_course_of_the_rate_is_that_of_the_schedule(run_dir):
+    options = OptimizationOptions(lr_schedule="cosine", lr_warmup_steps=2)
+    loop = make_loop(
+        lr_anneal_steps=0, lr=0.5, optimization=options, bounds=Bounds(train_images=16)
+    )
+    assert loop.total_steps == 4
+    rates = []
+    for step in range(4):
+        loop.run_step(make_batch(step), {})
+        rates.append(loop.opt.param_groups[0]["lr"])
+        loop.step += 1
+    cosine = [(1 + np.cos(np.pi * step / 4)) / 2 for step in range(4)]
+    assert rates == pytest.approx(
+        [0.5 * a * b for a, b in zip([0.5, 1, 1, 1], cosine, strict=True)]
+    )
+
+
+# -- averages -------------------------------------------------------------------------------------
+
+
+def recorded_weights(loop, steps):
+    """Train; the weights at the start and after each step."""
+    weights = [parameters(loop)]
+    for step in range(steps):
+        loop.run_step(make_batch(step), {})
+        loop.step += 1
+        weights.append(parameters(loop))
+    return weights
+
+
+def averaged(weights, rates):
+    average = weights[0]
+    for new, rate in zip(weights[1:], rates, strict=True):
+        average = [rate * a + (1 - rate) * p for a, p in zip(average, new, strict=True)]
+    return average
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+def test_averages_warm_up(run_dir, warmup):
+    loop = make_loop(optimization=OptimizationOptions(ema_warmup=warmup), lr=1e-2)
+    weights = recorded_weights(loop, 4)
+    for rate, params in zip((0.9, 0.99), loop.ema_params, strict=True):
+        rates = [min(rate, (1 + n) / (10 + n)) if warmup else rate for n in range(4)]
+        for ours, theirs in zip(params, averaged(weights, rates), strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_power_function_averages_count_updates_and_are_restored(run_dir):
+    """Weight of the n-th update in proportion to n**gamma, skipped steps left out."""
+    options = {"posthoc_ema": "0.05,0.15", "lr": 1e-2, "lr_anneal_steps": 0}
+    loop = make_loop(**options)
+    weights = recorded_weights(loop, 2)
+    loop.run_step(torch.full((4, 1, 8, 8), float("nan")), {})
+    loop.step += 1
+    loop.run_step(make_batch(3), {})
+    weights.append(parameters(loop))
+    loop.save()
+    loop.step += 1
+    for width, params in zip((0.05, 0.15), loop.posthoc_params, strict=True):
+        gamma = gamma_of(width)
+        rates = [(1 - 1 / n) ** (gamma + 1) for n in (1, 2, 3)]
+        for ours, theirs in zip(params, averaged(weights, rates), strict=True):
+            torch.testing.assert_close(ours.detach(), theirs, rtol=1e-5, atol=1e-7)
+        state = load(run_dir / f"posthoc_{width}_000003.pt")
+        assert (state["updates"], state["sigma_rel"]) == (3, width)
+        assert_equal(state["weights"].values(), params)
+    manifest = json.loads((run_dir / "checkpoint000003.json").read_text())
+    assert {"posthoc_0.05_000003.pt", "posthoc_0.15_000003.pt"} <= manifest["files"].keys()
+    again = make_loop(model=make_model(seed=9), **options)
+    assert "post-hoc EMA 0.15 restored" in log_text(run_dir)
+    for ours, theirs in zip(again.posthoc_params, loop.posthoc_params, strict=True):
+        assert_equal(ours, theirs)
+    for run in (loop, again):
+        run.run_step(make_batch(4), {})
+    for ours, theirs in zip(again.posthoc_params, loop.posthoc_params, strict=True):
+        assert_equal(ours, theirs)
+    again.save()
+    assert load(run_dir / "posthoc_0.05_000004.pt")["updates"] == 4
+
+
+def test_average_that_was_not_kept_before_starts_cold(run_dir):
+    make_loop(lr_anneal_steps=1).run_loop()
+    loop = make_loop(posthoc_ema="0.1", ema_rate="0.9,0.95")
+    text = log_text(run_dir)
+    assert "post-hoc EMA 0.1 cold" in text
+    assert "EMA 0.95 cold" in text
+    assert "EMA 0.9 restored" in text
+    assert_equal(loop.posthoc_params[0], loop.master_params)
+    assert_equal(loop.ema_params[1], loop.master_params)
+
+
+def test_averaged_model_is_put_back(run_dir):
+    loop = make_loop()
+    recorded_weights(loop, 2)
+    before = parameters(loop)
+
+    def look():
+        with loop.averaged_model() as model:
+            assert_equal(model.parameters(), loop.ema_params[0])
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        look()
+    assert_equal(loop.model.parameters(), before)
 
 
 # -- options --------------------------------------------------------------------------------------
