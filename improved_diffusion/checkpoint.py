@@ -153,11 +153,7 @@ def find_posthoc(folder: str) -> list[str]:
     """The paths of the power-function averages in a run folder, sorted by name."""
     import blobfile as bf
 
-    return [
-        bf.join(folder, name)
-        for name in _names(folder)
-        if re.fullmatch(_POSTHOC, name)
-    ]
+    return [bf.join(folder, name) for name in _names(folder) if re.fullmatch(_POSTHOC, name)]
 
 
 def _names(folder: str) -> list[str]:

@@ -119,28 +119,37 @@ def _with_checkpoint(flags: Flags, given: set[str]) -> Flags:
     there; one named in the run folder wins over later ones.
 
     :return: the flags; ``resume_checkpoint`` is a model file or empty, ``began_from`` what was
-        given.
+        given, now or when the run began.
     """
     folder = os.environ.get("DIFFUSION_BLOB_LOGDIR") or flags["log_dir"]
-    named, own = flags["resume_checkpoint"], checkpoint.find_newest_model(folder)
+    named, own = _absolute(flags["resume_checkpoint"]), checkpoint.find_newest_model(folder)
     stored = checkpoint.load_config(folder) if own else {}
+    began_from = stored.get("began_from", "")
     continued = own
-    if named and stored.get("began_from") == named:
+    if named and began_from == named:
         log.info(f"this run began from {named} and goes on from {own}")
     elif named:
-        continued = checkpoint.locate(named)
-        if own and os.path.dirname(os.path.abspath(continued)) != os.path.abspath(folder):
+        began_from = named
+        continued = checkpoint.locate(flags["resume_checkpoint"])
+        if own and os.path.dirname(_absolute(continued)) != _absolute(folder):
             raise UserError(
-                f"--resume_checkpoint {named}: '{folder}' holds another run already, at "
-                f"{os.path.basename(own)}: leave the flag out to go on with that one, or name "
-                "another --log_dir"
+                f"--resume_checkpoint {flags['resume_checkpoint']}: '{folder}' holds another run "
+                f"already, at {os.path.basename(own)}: leave the flag out to go on with that one, "
+                "or name another --log_dir"
             )
     if continued:
         flags = inherit(flags, given, os.path.dirname(continued))
     if own:  # the flags stored there must go on fitting what lies there
         inherit(flags, set(flags), folder)
         _tell_changes(flags, stored)
-    return {**flags, "resume_checkpoint": continued or "", "began_from": named}
+    if not named and os.path.dirname(began_from) == _absolute(folder):
+        began_from = ""  # having gone on without the flag, the run may go back there again
+    return {**flags, "resume_checkpoint": continued or "", "began_from": began_from}
+
+
+def _absolute(path: str) -> str:
+    """A path that does not depend on the working directory; '' and addresses of blobs stay."""
+    return os.path.abspath(path) if path and "://" not in path else path
 
 
 def _tell_changes(flags: Flags, stored: Flags) -> None:

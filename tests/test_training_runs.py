@@ -191,7 +191,7 @@ def test_named_checkpoint_gives_the_flags(prepare, tmp_path, named):
     flags, _ = prepare(resume_checkpoint=name)
     assert flags["resume_checkpoint"] == str(path)
     assert flags["num_channels"] == 64
-    assert flags["began_from"] == name
+    assert flags["began_from"] == os.path.abspath(name)
 
 
 def test_same_command_with_a_named_checkpoint_goes_on_in_its_own_folder(
