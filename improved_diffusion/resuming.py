@@ -125,6 +125,10 @@ def _load_sampler(sampler: LossAwareSampler, state: dict[str, Tensor] | None) ->
 
 
 def checkpoint_files(loop: TrainLoop, step: int) -> dict[str, Any]:
+    """What to write under which name, in the order of writing: the model comes last.
+
+    The tensors are those of the run, not copies.
+    """
     files = {
         checkpoint.state_name(step): _run_state(loop),
         checkpoint.opt_name(step): loop.opt.state_dict(),

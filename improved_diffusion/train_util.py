@@ -218,16 +218,8 @@ class TrainLoop:
         self._last_saved = -1
         self._stopping = False  # all processes have agreed to stop after this step
 
-        dist_util.sync_params(model.parameters())
-        self.model_params = list(model.parameters())
-        self.master_params = self.model_params
-        device = self.model_params[0].device
-        check_precision(optimization, use_fp16, device)
-        if use_fp16:
-            self.master_params = make_master_params(self.model_params)
-            model.convert_to_fp16()  # type: ignore[operator]
-        self.opt = torch.optim.AdamW(self.master_params, lr=lr, weight_decay=weight_decay)
-        self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
+        check_precision(optimization, use_fp16, next(model.parameters()).device)
+        self._make_weights(lr, weight_decay)
         self.posthoc_widths = parse_sigma_rels(posthoc_ema)
         self.posthoc_params = [copy.deepcopy(self.master_params) for _ in self.posthoc_widths]
         self.resume_checkpoint = (
@@ -243,11 +235,27 @@ class TrainLoop:
         )
         optimization.lr_factor(0, lr_anneal_steps, self.total_steps)  # refuses contradictions
 
+        self._wrap_network()
+
+    def _make_weights(self, lr: float, weight_decay: float) -> None:
+        """Equal weights on all processes; what the optimiser updates; and their averages."""
+        dist_util.sync_params(self.model.parameters())
+        self.model_params = list(self.model.parameters())
+        self.master_params = self.model_params
+        if self.use_fp16:
+            self.master_params = make_master_params(self.model_params)
+            self.model.convert_to_fp16()  # type: ignore[operator]
+        self.opt = torch.optim.AdamW(self.master_params, lr=lr, weight_decay=weight_decay)
+        self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
+
+    def _wrap_network(self) -> None:
+        """The network as the losses see it: data-parallel, and in the precision asked for."""
         self.use_ddp = dist_util.get_world_size() > 1
-        self.ddp_model = self._data_parallel(model) if self.use_ddp else model
-        dtype = None if use_fp16 else PRECISIONS[optimization.precision or "fp32"]
-        self._scaled_loss = use_fp16 or dtype is torch.float16
-        self._network = autocast(self.ddp_model, dtype, device.type) if dtype else self.ddp_model
+        self.ddp_model = self._data_parallel(self.model) if self.use_ddp else self.model
+        dtype = None if self.use_fp16 else PRECISIONS[self.optimization.precision or "fp32"]
+        device = self.model_params[0].device.type
+        self._scaled_loss = self.use_fp16 or dtype is torch.float16
+        self._network = autocast(self.ddp_model, dtype, device) if dtype else self.ddp_model
 
     def _data_parallel(self, model: nn.Module) -> nn.Module:
         device = self.model_params[0].device
