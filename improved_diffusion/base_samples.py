@@ -11,7 +11,8 @@ from torch import Tensor
 
 from .errors import UserError
 from .flags import ImageSize, height_width, size_text
-from .image_datasets import list_images, read_image
+from .image_datasets import list_images
+from .pixels import read_image
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import logging
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,13 +15,11 @@ from torch.utils.data import DataLoader, Dataset
 from . import dist_util
 from .errors import UserError
 from .flags import ImageSize, height_width, option, require, require_at_least
+from .pixels import PIL_MODES, read_image
 from .rng import derive_seed
 from .stopping import ignore_stop_signals
 
-log = logging.getLogger(__name__)
-
 EXTENSIONS = ("jpg", "jpeg", "png", "gif", "webp", "bmp")
-PIL_MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 LABEL_SOURCES = ("filename", "folder")
 
 
@@ -158,53 +154,6 @@ class ImageDataset(Dataset):
         if self.local_classes is not None:
             cond["y"] = np.array(self.local_classes[idx], dtype=np.int64)
         return np.transpose(image, [2, 0, 1]), cond
-
-
-def read_image(path: str, resolution: ImageSize, channels: int = 3) -> np.ndarray:
-    """Read a file, resize it so that it covers the target, and cut out the centre.
-
-    Halves with a box filter while twice the target fits, then goes to its exact size with a
-    bicubic one. Colours are converted after resizing.
-
-    :param path: any file that blobfile reads.
-    :param resolution: H = W, or (H, W).
-    :param channels: 1, 2, 3 or 4.
-    :return: uint8 [H, W, C].
-    :raises ValueError: naming the file, if it is no image.
-    """
-    import blobfile as bf
-    from PIL import Image, UnidentifiedImageError
-
-    height, width = height_width(resolution)
-    try:
-        with bf.BlobFile(path, "rb") as file:
-            image: Image.Image = Image.open(file)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if isinstance(error, UnidentifiedImageError):
-            reason = "no format that Pillow knows"
-        raise UserError(f"'{path}' cannot be read as an image: {reason}") from None
-    if image.mode.startswith(("I", "F")):
-        _warn_of_depth(image.mode)
-    while image.width >= 2 * width and image.height >= 2 * height:
-        image = image.resize((image.width // 2, image.height // 2), resample=Image.Resampling.BOX)
-    scale = max(width / image.width, height / image.height)
-    image = image.resize(
-        (round(image.width * scale), round(image.height * scale)),
-        resample=Image.Resampling.BICUBIC,
-    )
-    pixels = np.array(image.convert(PIL_MODES[channels])).reshape(image.height, image.width, -1)
-    top, left = (image.height - height) // 2, (image.width - width) // 2
-    return pixels[top : top + height, left : left + width]
-
-
-@functools.lru_cache  # once in each process
-def _warn_of_depth(mode: str) -> None:
-    log.warning(
-        f"images of more than 8 bits (Pillow's mode {mode}) are clipped to 8 bits, most of them to "
-        "white: convert them first"
-    )
 
 
 class GlobalBatchSampler:

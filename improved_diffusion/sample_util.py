@@ -18,7 +18,7 @@ from . import checkpoint, dist_util
 from .errors import UserError
 from .flags import option, require, require_at_least
 from .gaussian_diffusion import GaussianDiffusion, Model
-from .image_datasets import PIL_MODES
+from .pixels import PIL_MODES
 from .rng import derive_seed, sample_generators
 
 GRID_SAMPLES = 100  # at most, in grid.png

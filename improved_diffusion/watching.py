@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from . import checkpoint, dist_util, logger
 from .errors import UserError
 from .flags import option, require, require_at_least
-from .image_datasets import PIL_MODES
+from .pixels import PIL_MODES
 from .previews import Previews, picture, statistics
 from .sample_util import png
 from .validation import Validation

@@ -7,7 +7,7 @@ from PIL import Image
 
 from improved_diffusion.base_samples import load_base_samples
 from improved_diffusion.errors import UserError
-from improved_diffusion.image_datasets import read_image
+from improved_diffusion.pixels import read_image
 from improved_diffusion.sample_util import write_samples
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (5, 4, 6, 3), dtype=np.uint8)

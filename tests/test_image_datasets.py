@@ -15,7 +15,8 @@ from golden_data import GOLDEN, load_json, npz
 from launchers import environment
 from PIL import Image
 
-from improved_diffusion import dist_util, image_datasets
+from improved_diffusion import dist_util
+from improved_diffusion import pixels as pixels_module
 from improved_diffusion.errors import UserError
 from improved_diffusion.image_datasets import (
     DataOptions,
@@ -26,8 +27,8 @@ from improved_diffusion.image_datasets import (
     list_images,
     load_data,
     load_once,
-    read_image,
 )
+from improved_diffusion.pixels import read_image
 
 IMAGES = GOLDEN / "images"
 JPEG_TOLERANCE = 2  # levels: decoders differ
@@ -426,9 +427,9 @@ def test_a_broken_image_among_good_ones_is_named_whoever_reads_it(tmp_path, impa
 
 @pytest.fixture
 def fresh_warning():
-    image_datasets._warn_of_depth.cache_clear()
+    pixels_module._warn_of_depth.cache_clear()
     yield
-    image_datasets._warn_of_depth.cache_clear()
+    pixels_module._warn_of_depth.cache_clear()
 
 
 def test_16_bits_are_warned_of_once(tmp_path, caplog, fresh_warning):
