@@ -10,6 +10,8 @@ mpi = ["mpich>=4.2"]
 tensorboard = ["tensorboard>=2.10"]
 demo = ["scikit-learn>=1.3"]
 lsun = ["lmdb>=1.4"]
+scientific = ["tifffile>=2023.1.23", "imagecodecs>=2023.1.23"]
+webdataset = ["webdataset>=1.0"]
 
 setup(
     name="improved-diffusion",
@@ -30,10 +32,12 @@ setup(
         "pillow>=9.4",
     ],
     extras_require={
-        "test": [*test, *mpi, *tensorboard, *demo, *lsun],
+        "test": [*test, *mpi, *tensorboard, *demo, *lsun, *scientific, *webdataset],
         "mpi": mpi,
         "tensorboard": tensorboard,
         "demo": demo,
         "lsun": lsun,
+        "scientific": scientific,
+        "webdataset": webdataset,
     },
 )

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from .errors import UserError
 from .flags import ImageSize, height_width, size_text
-from .image_datasets import list_images
-from .pixels import read_image
+from .image_datasets import list_images, load_all, open_dataset
+from .pixels import ValueRange, check_values, normalize, range_text, read_image
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ def load_base_samples(
     want_labels: bool = False,
     class_names: Sequence[str] = (),
     num_classes: int = 0,
+    value_range: ValueRange | None = None,
 ) -> BaseSamples:
     """Read the images to upsample.
 
@@ -40,26 +41,38 @@ def load_base_samples(
     :param want_labels: whether the model needs them.
     :param class_names: of the model by index, to read a folder's labels from the file names.
     :param num_classes: of the model; 0 accepts any label.
+    :param value_range: of the data; with one, the npz file may hold integers or floats in it, and
+        a folder what :func:`.read_image` reads.
     :raises ValueError: naming the file and both values, if size, channels or labels do not fit.
     """
     import blobfile as bf
 
     if path.endswith(".npz"):
-        return _from_npz(path, small_size, channels, want_labels, num_classes)
+        return _from_npz(path, small_size, channels, want_labels, num_classes, value_range)
     if bf.isdir(path):
-        found = list_images(path, class_cond=want_labels, flag="base_samples")
-        pixels = [read_image(name, small_size, channels) for name in found.paths]
+        found = list_images(
+            path, class_cond=want_labels, flag="base_samples", value_range=value_range
+        )
+        dataset = open_dataset(
+            found, small_size, channels=channels, value_range=value_range, size_flag="small_size"
+        )
         labels = _known_labels(path, found.classes, found.class_names, class_names)
-        return BaseSamples(_as_images(np.stack(pixels)), labels)
+        return BaseSamples(load_all(dataset)[0], labels)
     if not bf.exists(path):
         raise UserError(f"--base_samples '{path}' does not exist")
     if want_labels:
         raise UserError(f"--base_samples '{path}' is one picture: give its class by --classes")
-    return BaseSamples(_as_images(read_image(path, small_size, channels)[None]))
+    picture = read_image(path, small_size, channels, value_range=value_range)
+    return BaseSamples(normalize(torch.from_numpy(picture[None]), value_range))
 
 
 def _from_npz(
-    path: str, small_size: ImageSize, channels: int, want_labels: bool, num_classes: int
+    path: str,
+    small_size: ImageSize,
+    channels: int,
+    want_labels: bool,
+    num_classes: int,
+    value_range: ValueRange | None,
 ) -> BaseSamples:
     import blobfile as bf
 
@@ -71,16 +84,9 @@ def _from_npz(
             labels = arrays.get("arr_1")
     except Exception:  # whatever a damaged archive makes zipfile or NumPy raise
         raise UserError(f"--base_samples '{path}' is damaged, or holds no arr_0") from None
-    expected = (*height_width(small_size), channels)
-    fits = pixels.dtype == np.uint8 and pixels.ndim == 4 and pixels.shape[1:] == expected
-    if not fits or not len(pixels):
-        raise UserError(
-            f"--base_samples '{path}' holds {pixels.dtype} {list(pixels.shape)}, but the model "
-            f"upsamples uint8 [N, {', '.join(map(str, expected))}] (--small_size "
-            f"{size_text(small_size)}, --channels {channels})"
-        )
+    images = _checked_images(pixels, path, small_size, channels, value_range)
     if not want_labels:
-        return BaseSamples(_as_images(pixels))
+        return BaseSamples(images)
     if labels is None:
         raise UserError(
             f"--base_samples '{path}' has no labels (arr_1), which the class-conditional model "
@@ -95,7 +101,34 @@ def _from_npz(
             f"--base_samples '{path}' holds labels from {labels.min()} to {labels.max()}, but the "
             f"model has {num_classes} classes"
         )
-    return BaseSamples(_as_images(pixels), torch.from_numpy(labels.astype(np.int64)))
+    return BaseSamples(images, torch.from_numpy(labels.astype(np.int64)))
+
+
+def _checked_images(
+    pixels: np.ndarray,
+    path: str,
+    small_size: ImageSize,
+    channels: int,
+    value_range: ValueRange | None,
+) -> Tensor:
+    """The array of an npz file as images for the model, float32 [N, C, h, w]."""
+    expected = (*height_width(small_size), channels)
+    if value_range is None:
+        fits, wanted = pixels.dtype == np.uint8, "uint8"
+    else:
+        fits, wanted = pixels.dtype.kind in "uif", f"values of {range_text(value_range)}"
+    if not fits or pixels.ndim != 4 or pixels.shape[1:] != expected or not len(pixels):
+        raise UserError(
+            f"--base_samples '{path}' holds {pixels.dtype} {list(pixels.shape)}, but the model "
+            f"upsamples {wanted} [N, {', '.join(map(str, expected))}] (--small_size "
+            f"{size_text(small_size)}, --channels {channels})"
+        )
+    if value_range is not None:
+        pixels = pixels.astype(np.float32)
+        if not np.isfinite(pixels).all():
+            raise UserError(f"--base_samples '{path}' holds NaN or infinite values")
+        check_values(pixels, path, value_range)
+    return normalize(torch.from_numpy(pixels), value_range)
 
 
 def _known_labels(
@@ -115,7 +148,3 @@ def _known_labels(
             f"{', '.join(unknown[:5])}; give the classes by --classes"
         )
     return torch.tensor([names.index(found[index]) for index in classes])
-
-
-def _as_images(pixels: np.ndarray) -> Tensor:
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1  # [N, C, h, w]

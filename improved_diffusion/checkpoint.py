@@ -5,6 +5,9 @@ A run folder holds ``config.json`` (the flags), and for each saved step N ``mode
 needs to go on) and, written last, ``checkpointNNNNNN.json``: the manifest with the sizes and
 checksums of the others. The checkpoint exists when its manifest does.
 
+A run whose processes hold a share of the model each writes the folder ``shardedNNNNNN`` in place
+of the model, EMA and optimiser files; see :mod:`.sharded`.
+
 Folders of the original improved-diffusion, and of release 0.1.0, have no state files and no
 manifests: there the model file, written last, stands for the checkpoint.
 """
@@ -66,9 +69,15 @@ def posthoc_name(sigma_rel: float, step: int) -> str:
     return f"posthoc_{sigma_rel}_{step:06d}.pt"
 
 
+def sharded_name(step: int) -> str:
+    """Folder of the shares of a checkpoint that all processes wrote together."""
+    return f"sharded{step:06d}"
+
+
 _MODEL, _STATE, _MANIFEST = r"model(\d{6,})\.pt", r"state(\d{6,})\.pt", r"checkpoint(\d{6,})\.json"
 _POSTHOC = r"posthoc_[\d.e-]+_\d{6,}\.pt"
-_OF_A_STEP = rf"{_MODEL}|{_STATE}|{_MANIFEST}|opt(\d{{6,}})\.pt|ema_[\d.e-]+_(\d{{6,}})\.pt"
+_OTHERS = r"opt(\d{6,})\.pt|ema_[\d.e-]+_(\d{6,})\.pt|sharded(\d{6,})"
+_OF_A_STEP = rf"{_MODEL}|{_STATE}|{_MANIFEST}|{_OTHERS}"
 
 
 def step_of(path: str) -> int | None:
@@ -82,14 +91,22 @@ def _basename(path: str) -> str:
 
 
 def parse_resume_step_from_filename(filename: str) -> int:
-    """The step in a name like ``path/to/modelNNNNNN.pt``; 0 for other names."""
-    match = re.search(r"model(\d+)(?:\.[^/]*)?$", filename)
+    """The step in a name like ``path/to/modelNNNNNN.pt``; 0 for other names.
+
+    Folders ``shardedNNNNNN`` have one, too.
+    """
+    match = re.search(r"(?:model|sharded)(\d+)(?:\.[^/]*)?$", filename)
     return int(match.group(1)) if match else 0
 
 
 def is_model_name(path: str) -> bool:
     """Whether a file is named as the loop names its models, so that others belong to it."""
-    return re.search(r"model\d+\.[^/\\]*$", path) is not None
+    return re.search(r"model\d+\.[^/\\]*$", path) is not None or is_sharded(path)
+
+
+def is_sharded(path: str) -> bool:
+    """Whether a path is named as the loop names its folders of shares."""
+    return re.fullmatch(r"sharded\d{6,}", _basename(path)) is not None
 
 
 def describe_weights(path: str) -> str:
@@ -127,26 +144,29 @@ def find_beside(main_checkpoint: str, name: str) -> str | None:
 
 
 def find_newest_model(folder: str, before: int | None = None) -> str | None:
-    """The model file of the newest whole checkpoint in a run folder, or None if there is none.
+    """The newest whole checkpoint in a run folder, or None if there is none.
 
     The first process looks, for all. Files are compared with their checksums; a damaged
     checkpoint is passed over, with a warning, for the one before.
 
     :param before: if given, pass over the checkpoints of this step and later ones.
+    :return: its model file; or its folder of shares, if it has no model file.
     :raises ValueError: on every process, if there are checkpoints but all are damaged.
     """
     return dist_util.on_first_rank(lambda: _newest_model(folder, before))
 
 
-def locate(path: str) -> str:
-    """The model file of the checkpoint that a user named.
+def locate(path: str, flag: str = "resume_checkpoint") -> str:
+    """The model file, or the folder of shares, of the checkpoint that a user named.
 
     The first process looks, for all.
 
-    :param path: any file of a checkpoint, a folder of checkpoints, or a lone file of weights.
+    :param path: any file of a checkpoint, its folder of shares, a folder of checkpoints, or a
+        lone file of weights.
+    :param flag: the flag that named it, for the errors.
     :raises ValueError: on every process, if there is no such checkpoint, or it is not whole.
     """
-    return dist_util.on_first_rank(lambda: _locate(path))
+    return dist_util.on_first_rank(lambda: _locate(path, flag))
 
 
 def find_posthoc(folder: str) -> list[str]:
@@ -179,7 +199,7 @@ def _newest_model(folder: str, before: int | None = None) -> str | None:
         if not problem:
             if problems:
                 log.warning(f"WARNING: going back to the checkpoint of step {step} in {folder}")
-            return bf.join(folder, model_name(step))
+            return _main_file(folder, step)
         problems.append(problem)
         log.warning(f"WARNING: the checkpoint of step {step} is passed over: {problem}")
     if problems:
@@ -193,16 +213,25 @@ def _newest_model(folder: str, before: int | None = None) -> str | None:
     return bf.join(folder, model_name(max(foreign))) if foreign else None
 
 
-def _locate(path: str) -> str:
+def _main_file(folder: str, step: int) -> str:
+    """The model file of a whole checkpoint; or its folder of shares, if it has none."""
     import blobfile as bf
 
-    if bf.isdir(path):
+    names = read_manifest(folder, step)
+    return bf.join(folder, model_name(step) if model_name(step) in names else sharded_name(step))
+
+
+def _locate(path: str, flag: str) -> str:
+    import blobfile as bf
+
+    path = path.rstrip("/")
+    if bf.isdir(path) and not is_sharded(path):
         newest = _newest_model(path)
         if newest is None:
-            raise UserError(f"--resume_checkpoint '{path}': the folder holds no checkpoint")
+            raise UserError(f"--{flag} '{path}': the folder holds no checkpoint")
         return newest
     if not bf.exists(path):
-        raise UserError(f"--resume_checkpoint '{path}' does not exist or is no file")
+        raise UserError(f"--{flag} '{path}' does not exist or is no file")
     step = step_of(path)
     if step is None:
         return path
@@ -212,18 +241,18 @@ def _locate(path: str) -> str:
     if manifest_name(step) in names:
         problem = _problem(folder, step)
         if problem:
-            raise UserError(f"--resume_checkpoint '{path}': the checkpoint is damaged: {problem}")
-        return model
+            raise UserError(f"--{flag} '{path}': the checkpoint is damaged: {problem}")
+        return _main_file(folder, step)
     if state_name(step) in names:
         raise UserError(
-            f"--resume_checkpoint '{path}': the checkpoint is incomplete: its manifest "
+            f"--{flag} '{path}': the checkpoint is incomplete: its manifest "
             f"{manifest_name(step)} is missing, as after a save that was cut off"
         )
     if model_name(step) in names:
         return model
     if _basename(path).startswith("ema_"):
         return path  # weights like any others, without the rest of their checkpoint
-    raise UserError(f"--resume_checkpoint '{path}': {model_name(step)} is missing beside it")
+    raise UserError(f"--{flag} '{path}': {model_name(step)} is missing beside it")
 
 
 # -- writing ----------------------------------------------------------------------------------
@@ -316,8 +345,47 @@ def write_checkpoint(folder: str, step: int, files: Mapping[str, Any]) -> None:
 
     discard(folder, step)
     entries = {name: write_tensors(bf.join(folder, name), files[name]) for name in files}
-    manifest = json.dumps({"step": step, "files": entries}, indent=1) + "\n"
+    write_manifest(folder, step, entries)
+
+
+def write_manifest(folder: str, step: int, entries: Mapping[str, Any]) -> None:
+    """Make a checkpoint count, once its files are complete.
+
+    :param entries: name -> size and checksum, as of :func:`write_tensors`.
+    """
+    import blobfile as bf
+
+    manifest = json.dumps({"step": step, "files": dict(entries)}, indent=1) + "\n"
     write_file(bf.join(folder, manifest_name(step)), manifest.encode())
+
+
+def read_manifest(folder: str, step: int) -> dict[str, Any]:
+    """The names, sizes and checksums of the files of a checkpoint that exists.
+
+    :raises ValueError: if the manifest is damaged.
+    """
+    import blobfile as bf
+
+    try:
+        with bf.BlobFile(bf.join(folder, manifest_name(step)), "rb") as file:
+            entries = json.loads(file.read())["files"]
+        return {
+            name: {"bytes": entry["bytes"], "sha256": entry["sha256"]}
+            for name, entry in entries.items()
+        }
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{manifest_name(step)} is damaged") from None
+
+
+def file_entry(path: str) -> dict[str, Any]:
+    """The size and checksum of a file, as a manifest holds them."""
+    import blobfile as bf
+
+    with bf.BlobFile(path, "rb") as file:
+        hash = hashlib.sha256()
+        while block := file.read(2**24):
+            hash.update(block)
+    return {"bytes": bf.stat(path).size, "sha256": hash.hexdigest()}
 
 
 def discard(folder: str, step: int, suffix: str = "") -> None:
@@ -375,6 +443,8 @@ def prune(folder: str, keep: Callable[[list[int]], Collection[int]]) -> None:
     for step in ours - set(keep(whole)):
         discard(folder, step)
         doomed = [name for name in names if step_of(name) == step and name.endswith(".pt")]
+        if sharded_name(step) in names:
+            bf.rmtree(bf.join(folder, sharded_name(step)))
         # the state file last: as long as it is there, the others are known to be leftovers
         for name in sorted(doomed, key=lambda name: name == state_name(step)):
             bf.remove(bf.join(folder, name))
@@ -385,23 +455,17 @@ def _problem(folder: str, step: int) -> str:
     import blobfile as bf
 
     try:
-        with bf.BlobFile(bf.join(folder, manifest_name(step)), "rb") as file:
-            entries = json.loads(file.read())["files"]
-        expected = {name: (entry["bytes"], entry["sha256"]) for name, entry in entries.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{manifest_name(step)} is damaged"
-    for name, (size, checksum) in expected.items():
+        entries = read_manifest(folder, step)
+    except UserError as error:
+        return str(error)
+    for name, expected in entries.items():
         path = bf.join(folder, name)
         if not bf.exists(path):
             return f"{name} is missing"
-        found = bf.stat(path).size
-        if found != size:
-            return f"{name} has {found:,} bytes instead of {size:,}"
-        with bf.BlobFile(path, "rb") as file:
-            hash = hashlib.sha256()
-            while block := file.read(2**24):
-                hash.update(block)
-        if hash.hexdigest() != checksum:
+        size = bf.stat(path).size
+        if size != expected["bytes"]:
+            return f"{name} has {size:,} bytes instead of {expected['bytes']:,}"
+        if file_entry(path) != expected:
             return f"{name} is damaged (its checksum is wrong)"
     return ""
 

@@ -1,13 +1,12 @@
-"""One set-up for a single process, torchrun, mpiexec and srun.
+"""One set-up for a single process, torchrun, mpiexec and srun; what all processes do together.
 
-Nothing else in the package knows how the process group came to be.
+:mod:`.rendezvous` knows how they were started and where they meet.
 """
 
 from __future__ import annotations
 
 import atexit
 import collections
-import contextlib
 import io
 import multiprocessing
 import os
@@ -15,40 +14,30 @@ import pickle
 import re
 import socket
 import sys
+import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from . import liveness, rendezvous
 from .errors import Stop, UserError
 from .solo_group import init_solo_process_group
+from .stalls import say
 
 GPUS_PER_NODE = 8  # where a launcher does not tell the local rank
 SETUP_RETRY_COUNT = 3  # attempts to reach the first process
 
+MPI_ABORT_SECONDS = 5  # for MPI to end all processes; then this one ends alone
 BROADCAST_CHUNK = 2**28  # bytes; one message of a whole checkpoint may exceed 2 GiB
-# After srun has been ruled out, which may set the first two as well; then PALS and MVAPICH
-OTHER_MPI_VARIABLES = ("PMI_SIZE", "PMIX_RANK", "PALS_RANKID", "MV2_COMM_WORLD_SIZE")
-SLURM_BATCH_STEP = str(0xFFFFFFFB)  # the step ID of a batch script, which srun did not start
 
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where this process stands among those that were started together."""
-
-    launcher: str  # "single", "torchrun", "mpiexec" or "srun"
-    rank: int
-    world_size: int
-    local_rank: int  # among the processes of this machine
 
 
 _local_rank = 0
@@ -60,32 +49,31 @@ def setup_dist() -> None:
     Does nothing where a process group exists. One process forms a group of one without MPI and
     without a network port.
 
-    :raises ValueError: when started by mpiexec without a working mpi4py.
+    From then on the processes watch each other: when one is lost the others end too, with a line
+    that names it.
+
+    :raises ValueError: when started by mpiexec without a working mpi4py, or if the processes
+        cannot meet.
     """
     global _local_rank
     if dist.is_initialized():
         return
-    launcher = _launcher()
-    if launcher == "mpiexec":
-        place, store = _meet_by_mpi()
-    else:
-        place, store = _place_from_environment(launcher, os.environ), None
+    place = rendezvous.find_place(GPUS_PER_NODE, _end)
     _local_rank = place.local_rank
     if torch.cuda.is_available():
         torch.cuda.set_device(dev())
     if place.world_size == 1:
         init_solo_process_group()
         return
-    if store is None:
-        store = _meet_by_address(place)
     atexit.register(_leave)
-    dist.init_process_group(
-        # small agreements of the hosts do not wait for the GPUs
-        "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
-        store=store,
-        rank=place.rank,
-        world_size=place.world_size,
-    )
+    with liveness.during("connecting to the other processes"):
+        dist.init_process_group(
+            # small agreements of the hosts do not wait for the GPUs
+            "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo",
+            store=rendezvous.meet(place, SETUP_RETRY_COUNT, _end),
+            rank=place.rank,
+            world_size=place.world_size,
+        )
 
 
 def dev() -> torch.device:
@@ -171,7 +159,8 @@ def on_first_rank(function: Callable[[], T]) -> T:
             problem = str(error)
         except OSError as error:
             problem = str(error) or type(error).__name__
-    result, problem = broadcast_object((result, problem))
+    with liveness.during(waits=get_rank() != 0):
+        result, problem = broadcast_object((result, problem))
     if problem:
         raise UserError(problem)
     return result
@@ -192,9 +181,10 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
         data = _read_bytes(path)
         return len(data)
 
-    size = on_first_rank(read)
-    if get_world_size() > 1:
-        data = _broadcast_bytes(data, size)
+    with liveness.during(f"loading {path}"):
+        size = on_first_rank(read)
+        if get_world_size() > 1:
+            data = _broadcast_bytes(data, size)
     return _load_tensors(data, path, kwargs)
 
 
@@ -248,135 +238,6 @@ def _broadcast_bytes(data: bytes, size: int) -> bytes:
     return data or bytes(received)
 
 
-# -- who started us ---------------------------------------------------------------------------
-
-
-def _launcher(env: Mapping[str, str] = os.environ) -> str:
-    """Tell the launcher by the variables that it sets."""
-    if all(name in env for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")):
-        return "torchrun"
-    if "OMPI_COMM_WORLD_SIZE" in env or "MPI_LOCALNRANKS" in env:  # Open MPI; MPICH, Intel MPI
-        return "mpiexec"  # before srun: inside a Slurm job mpiexec starts its daemons by srun
-    if "SLURM_PROCID" in env and env.get("SLURM_STEP_ID", SLURM_BATCH_STEP) != SLURM_BATCH_STEP:
-        return "srun"
-    if any(name in env for name in OTHER_MPI_VARIABLES):
-        return "mpiexec"
-    return "single"
-
-
-def _place_from_environment(launcher: str, env: Mapping[str, str]) -> Place:
-    if launcher == "torchrun":
-        rank = int(env["RANK"])
-        local_rank = int(env.get("LOCAL_RANK", rank % GPUS_PER_NODE))
-        return Place(launcher, rank, int(env["WORLD_SIZE"]), local_rank)
-    if launcher == "srun":
-        world_size = int(env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")))
-        rank = int(env["SLURM_PROCID"])
-        local_rank = int(env.get("SLURM_LOCALID", rank % GPUS_PER_NODE))
-        return Place(launcher, rank, world_size, local_rank)
-    return Place("single", 0, 1, int(env.get("LOCAL_RANK", "0")))
-
-
-def _meet_by_address(place: Place) -> dist.Store:
-    """A key-value store at an address that every process can tell beforehand."""
-    if place.launcher == "torchrun":
-        # torchrun's agent may hold the port already and serve the store: let torch find out
-        try:
-            rendezvous = dist.rendezvous("env://", rank=place.rank, world_size=place.world_size)
-            return next(rendezvous)[0]
-        except (RuntimeError, ValueError, dist.DistError) as error:
-            raise UserError(
-                f"process {place.rank} of {place.world_size} cannot meet the others at MASTER_ADDR "
-                f"{os.environ['MASTER_ADDR']}, MASTER_PORT {os.environ['MASTER_PORT']}: "
-                f"{_first_line(error)}"
-            ) from None
-    host = os.environ.get("MASTER_ADDR") or _first_slurm_host(os.environ)
-    port = os.environ.get("MASTER_PORT") or str(_slurm_port(os.environ))
-    if not port.isdecimal():
-        raise UserError(f"MASTER_PORT {port} is no port number")
-    return _connect(host, int(port), place)
-
-
-def _connect(host: str, port: int, place: Place) -> dist.Store:
-    for attempt in range(SETUP_RETRY_COUNT):
-        try:
-            return dist.TCPStore(host, port, place.world_size, is_master=place.rank == 0)
-        except (RuntimeError, dist.DistError) as error:
-            if attempt == SETUP_RETRY_COUNT - 1:
-                raise UserError(
-                    f"process {place.rank} of {place.world_size} cannot meet the others at "
-                    f"{host}:{port}; set MASTER_ADDR and MASTER_PORT to an address and a free port "
-                    f"of the first machine ({_first_line(error)})"
-                ) from None
-            time.sleep(2**attempt)
-    raise AssertionError("unreachable")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _first_slurm_host(env: Mapping[str, str]) -> str:
-    """The first name of a list such as ``gpu[003-006,9],login1``: ``gpu003``."""
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or "127.0.0.1"
-    first = re.match(r"([^,\[]*)(?:\[(\d+)[^\]]*\]([^,\[]*))?", nodes)
-    assert first is not None  # the pattern matches anything
-    return "".join(part or "" for part in first.groups())
-
-
-def _slurm_port(env: Mapping[str, str]) -> int:
-    """A port that all tasks of a job step compute alike and other steps likely do not."""
-    job, step = int(env.get("SLURM_JOB_ID", "0")), int(env["SLURM_STEP_ID"])
-    return 15000 + (job * 97 + step) % 15000
-
-
-def _meet_by_mpi() -> tuple[Place, dist.Store | None]:
-    """Tell the rank by MPI; the first process opens a port and sends its address to the others.
-
-    The port is bound before its number is known to anyone, so that no one can take it between.
-    """
-    try:
-        from mpi4py import MPI
-    except (ImportError, RuntimeError) as error:
-        raise UserError(
-            "started by mpiexec, but mpi4py does not work here: install an MPI library (pip "
-            "install 'improved-diffusion[mpi]') or use torchrun, which needs none "
-            f"({_first_line(error)})"
-        ) from None
-    comm = MPI.COMM_WORLD
-    local = comm.Split_type(MPI.COMM_TYPE_SHARED)
-    place = Place("mpiexec", comm.Get_rank(), comm.Get_size(), local.Get_rank())
-    started = os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE")
-    if started and place.world_size != int(started):
-        raise UserError(
-            f"mpiexec started {started} processes, but mpi4py sees {place.world_size}: it is "
-            "linked to another MPI library than this mpiexec; use that library's mpiexec"
-        )
-    if place.world_size == 1:
-        return place, None
-    store, address, problem = None, None, ""
-    if place.rank == 0:
-        one_machine = local.Get_size() == place.world_size
-        host = "127.0.0.1" if one_machine else os.environ.get("MASTER_ADDR") or _own_address()
-        try:
-            store = dist.TCPStore(host, 0, place.world_size, is_master=True, wait_for_workers=False)
-            address = (host, store.port)
-        except (RuntimeError, dist.DistError) as error:
-            problem = f"the first process cannot open a port on {host}: {_first_line(error)}"
-    address, problem = comm.bcast((address, problem), root=0)
-    if problem:
-        raise UserError(problem)
-    return place, store or _connect(address[0], address[1], place)
-
-
-def _own_address() -> str:
-    """This machine's address in the network; no packet is sent to find it."""
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # an address reserved for documentation: RFC 5737
-        return probe.getsockname()[0]
-    return socket.gethostbyname(socket.gethostname())
-
-
 # -- the end ----------------------------------------------------------------------------------
 
 
@@ -392,13 +253,17 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except Stop as stop:
         if get_rank() == 0:
-            sys.stderr.write(f"{stop}\n")
+            say(str(stop))
         code = stop.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr, flush=True)
-        _take_down(130)
+        say("interrupted")
+        _take_down(130, "interrupted")
+    except SystemExit as ending:  # of argparse, among others
+        if ending.code not in (None, 0):
+            _leave_word(f"exit code {ending.code}: what it printed says why")
+        raise
     except Exception as error:
-        _take_down(_report(error))
+        _take_down(*_report(error))
     _leave()
     if code:
         sys.exit(code)
@@ -406,12 +271,22 @@ def run_main(main: Callable[[], None]) -> None:
 
 def _leave() -> None:
     """Leave the process group; gloo's threads may abort a process that ends without."""
+    error = getattr(sys, "last_value", None)  # what ended a script that does not use run_main
+    if error is not None:
+        liveness.leave(_last_words(error))
     if dist.is_initialized():
         dist.destroy_process_group()
+    liveness.leave()
 
 
-def _report(error: Exception) -> int:
-    """Print what went wrong; the exit code."""
+def _report(error: Exception) -> tuple[int, str]:
+    """Print what went wrong.
+
+    :return: the exit code; and what to tell the other processes.
+    """
+    culprit = liveness.blame() if _broke_off(error) else ""
+    if not liveness.claim():
+        time.sleep(60)  # the thread that watches is ending this process
     if isinstance(error, UserError) or (isinstance(error, OSError) and error.filename is not None):
         line = str(error)
     elif isinstance(error, torch.OutOfMemoryError):
@@ -419,27 +294,74 @@ def _report(error: Exception) -> int:
             "out of GPU memory: lower --batch_size; in training, --microbatch N or "
             "--use_checkpoint True need less without changing the result"
         )
-    elif get_world_size() > 1 and re.search("Connection (closed|reset)", str(error)):
-        line = "another process of this run ended; what it printed says why"
+    elif culprit:
+        line = f"{culprit}: this process ends too"
+    elif _broke_off(error):
+        line = (
+            "another process of this run ended, what it printed says why; or the connection to it "
+            f"broke: {_last_words(error)}"
+        )
     else:
         traceback.print_exception(error)
-        return 1
-    sys.stderr.write(f"error: {line}\n")  # in one go: other ranks write to the same terminal
-    sys.stderr.flush()
-    return 2
+        sys.stderr.flush()
+        return 1, _last_words(error)
+    say(f"error: {line}")
+    return 2, f"error: {line}"
 
 
-def _take_down(code: int) -> None:
-    """Exit so that the launcher ends the other processes too."""
+def _broke_off(error: Exception) -> bool:
+    """Whether the connection to another process broke."""
+    signs = "Connection (closed|reset)|Broken pipe|remote process exited|Socket closed"
+    network = isinstance(error, RuntimeError | dist.DistError)
+    return get_world_size() > 1 and network and bool(re.search(signs, str(error)))
+
+
+def _last_words(error: BaseException) -> str:
+    """The last line of a traceback, in short."""
+    first = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first}"[:500]
+
+
+def _leave_word(word: str) -> None:
+    """Tell the other processes why this one ends, whether or not it has met them."""
+    if liveness.watched():
+        liveness.leave(word)
+    elif not dist.is_initialized():
+        rendezvous.send_word(word, GPUS_PER_NODE)
+
+
+def _end(line: str) -> None:
+    """End this process from the thread that watches."""
+    say(f"error: {line}")
+    _take_down(2, f"error: {line}")
+
+
+def _take_down(code: int, word: str) -> None:
+    """Exit so that the launcher, or the other processes' watches, end the others too.
+
+    :param word: why, for those who do not know yet.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
-    mpi = sys.modules.get("mpi4py.MPI")
-    if get_world_size() == 1 and (mpi is None or mpi.COMM_WORLD.Get_size() == 1):
+    _leave_word(word)
+    mpi = _running_mpi()
+    alone = get_world_size() == 1 and (mpi is None or mpi.COMM_WORLD.Get_size() == 1)
+    if alone and threading.current_thread() is threading.main_thread():
         sys.exit(code)
     for worker in multiprocessing.active_children():
         worker.kill()
     if mpi is not None:
         # An ordinary exit would wait in MPI_Finalize for processes that wait for this one.
+        last = threading.Timer(MPI_ABORT_SECONDS, os._exit, [code])
+        last.daemon = True
+        last.start()
         time.sleep(1)  # for the others to say the same, if they failed too
         mpi.COMM_WORLD.Abort(code)
     os._exit(code)  # a half-finished collective must not hold it back
+
+
+def _running_mpi() -> Any:
+    """MPI, if it was started."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    started = mpi is not None and hasattr(mpi, "COMM_WORLD") and mpi.Is_initialized()
+    return mpi if started else None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import dist_util
+from . import dist_util, parallel
 from .image_datasets import Seekable
 from .optimization import PRECISIONS, autocast
 
@@ -31,9 +31,11 @@ def first_nonfinite_layer(model: nn.Module, compute: Callable[[], Tensor]) -> st
     :param compute: computes the loss [N] with the model.
     :return: its name and kind; or what else is not finite: a weight, the loss, a gradient.
     """
-    for name, param in model.named_parameters():
-        if not param.isfinite().all():
-            return f"the weights of {name}"
+    names = [name for name, _ in model.named_parameters()]
+    finite = [bool(p.isfinite().all()) for p in parallel.local(model.parameters())]
+    bad = dist_util.any_rank(*(not ok for ok in finite))  # a process may hold a share of them
+    if any(bad):
+        return f"the weights of {names[bad.index(True)]}"
     found: list[str] = []
 
     def look(name: str) -> Callable[..., None]:
@@ -55,7 +57,7 @@ def first_nonfinite_layer(model: nn.Module, compute: Callable[[], Tensor]) -> st
         return "the loss, from a finite output of the network"
     # Gradients flow backwards: the last parameter in the order of computation is hit first
     for name, param in reversed(list(model.named_parameters())):
-        if param.grad is not None and not param.grad.isfinite().all():
+        if param.grad is not None and not parallel.local([param.grad])[0].isfinite().all():
             return f"the gradient of {name}"
     return "nothing in a second pass over the same batch"
 
@@ -66,7 +68,7 @@ def divergence_report(loop: TrainLoop, batch: Batch, cond: Cond) -> dict[str, An
 
     def compute() -> Tensor:
         dtype = PRECISIONS[loop.optimization.precision or "fp32"]
-        device = loop.model_params[0].device.type
+        device = loop.device.type
         model = autocast(loop.model, dtype, device) if dtype else loop.model
         parts = zip(loop.microbatches(batch, cond), loop.timesteps, strict=True)
         for (part, micro, micro_cond), t in parts:

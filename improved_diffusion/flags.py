@@ -39,6 +39,16 @@ def pick(options: type, values: dict[str, Any]) -> Any:
 class ArgumentParser(argparse.ArgumentParser):
     """A parser whose errors are one line, with the nearest flag for a misspelt one."""
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Read ``--flag -1,2`` as ``--flag=-1,2``: argparse takes single numbers alone."""
+        words: list[str] = []
+        for word in sys.argv[1:] if args is None else args:
+            if words and re.match(r"--\w+$", words[-1]) and re.match(r"-\.?\d", word):
+                words[-1] += f"={word}"
+            else:
+                words.append(word)
+        return super().parse_known_args(words, namespace)
+
     def error(self, message: str) -> NoReturn:
         unknown = re.match(r"unrecognized arguments: (--[^\s=]+)", message)
         if unknown:

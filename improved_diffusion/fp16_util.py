@@ -80,5 +80,6 @@ def zero_grad(model_params: Iterable[Tensor]) -> None:
     """Set existing gradients to zero, in place."""
     for param in model_params:
         if param.grad is not None:
-            param.grad.detach_()
+            if param.grad.grad_fn is not None:
+                param.grad.detach_()
             param.grad.zero_()

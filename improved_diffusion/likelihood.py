@@ -70,6 +70,15 @@ def estimate_bound(
         yield _estimate(sums.cpu(), steps)
 
 
+def bits_of_a_range(value_range: str) -> str:
+    """What bits/dim mean for data with a value range.
+
+    The bound counts bins as wide as 8-bit levels are, (HIGH - LOW) / 255, whatever the steps of
+    the data: its numbers compare models of the same data and range, not ranges or data.
+    """
+    return f"bits/dim of 256 levels of the range {value_range}, however fine the data is"
+
+
 def _estimate(sums: Tensor, steps: int) -> BoundEstimate:
     count, total, squares = sums[:3].tolist()
     mean = total / count

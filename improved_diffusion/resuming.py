@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from torch import Tensor, nn
 
-from . import checkpoint, dist_util, logger, state_dicts
+from . import checkpoint, dist_util, logger, parallel, sharded, state_dicts
 from .errors import UserError
 from .image_datasets import Seekable
 from .resample import LossAwareSampler
@@ -19,54 +22,91 @@ if TYPE_CHECKING:
 
 def restore(loop: TrainLoop, path: str) -> None:
     """Go on from a checkpoint, saying of each thing whether it is restored or cold."""
-    _load_model(loop, path)
-    whole = checkpoint.is_model_name(path)  # other files lie beside those named by the loop
+    loop.resume_step, loop.step = checkpoint.parse_resume_step_from_filename(path), 0
+    files = _Files(path, loop)
+    _load_model(loop, files)
     for rate, params in zip(loop.ema_rate, loop.ema_params, strict=True):
         name = checkpoint.ema_name(rate, loop.resume_step)
-        _load_average(loop, f"EMA {rate}", path if whole else "", name, params)
+        _load_average(loop, f"EMA {rate}", files, name, params)
     for width, params in zip(loop.posthoc_widths, loop.posthoc_params, strict=True):
         name = checkpoint.posthoc_name(width, loop.resume_step)
-        _load_average(loop, f"post-hoc EMA {width:g}", path if whole else "", name, params)
-    _load_optimizer(loop, path if whole else "")
-    _load_state(loop, path if whole else "")
+        _load_average(loop, f"post-hoc EMA {width:g}", files, name, params)
+    _load_optimizer(loop, files)
+    _load_state(loop, path if checkpoint.is_model_name(path) else "")
 
 
-def _load_model(loop: TrainLoop, path: str) -> None:
-    loop.resume_step, loop.step = checkpoint.parse_resume_step_from_filename(path), 0
-    state = dist_util.load_state_dict(path, map_location="cpu")
-    state_dicts.check_fit(loop.model, state, path)
-    loop.model.load_state_dict(state)
+class _Files:
+    """The files of a checkpoint: those that lie beside the model's, or its shares."""
+
+    def __init__(self, path: str, loop: TrainLoop) -> None:
+        self.path = path
+        self.shares = sharded.ShardedCheckpoint(path) if checkpoint.is_sharded(path) else None
+        self.parameters = list(loop.model_params)
+        self.names = [name for name, _ in loop.model.named_parameters()]
+
+    def find(self, name: str) -> str | None:
+        """Where a file is, for messages; None if there is none."""
+        if self.shares is not None:
+            return os.path.join(self.path, name) if name in self.shares.names else None
+        # other files lie beside those named by the loop
+        beside = checkpoint.is_model_name(self.path)
+        return checkpoint.find_beside(self.path, name) if beside else None
+
+    def read(self, path: str) -> Any:
+        """What a file that was found holds; of the shares each process reads its own."""
+        if self.shares is not None:
+            return self.shares.read(os.path.basename(path), self._layout)
+        return dist_util.load_state_dict(path, map_location="cpu")
+
+    def _layout(self, place: tuple[str, ...], shape: torch.Size) -> Tensor | None:
+        if place[0] == "state":  # of the optimiser, which numbers the parameters
+            param = self.parameters[int(place[1])]
+        elif place[-1] in self.names:
+            param = self.parameters[self.names.index(place[-1])]
+        else:
+            return None
+        return param if parallel.is_sharded(param) and param.shape == shape else None
+
+
+def _load_model(loop: TrainLoop, files: _Files) -> None:
+    name = checkpoint.model_name(loop.resume_step)
+    state = files.read(files.path if files.shares is None else os.path.join(files.path, name))
+    state_dicts.check_fit(loop.model, state, files.path)
+    current = loop.model.state_dict()
+    loop.model.load_state_dict(
+        {key: parallel.like(current[key], value) for key, value in state.items()}
+    )
     if loop.use_fp16:
         loop.fill_from(state, loop.master_params)
-    logger.log(f"resume: model restored from {path}, step {loop.resume_step}")
+    logger.log(f"resume: model restored from {files.path}, step {loop.resume_step}")
 
 
 def _load_average(
-    loop: TrainLoop, what: str, beside: str, name: str, params: list[nn.Parameter]
+    loop: TrainLoop, what: str, files: _Files, name: str, params: list[nn.Parameter]
 ) -> None:
-    path = checkpoint.find_beside(beside, name) if beside else None
+    path = files.find(name)
     if path is None:
         logger.log(f"resume: {what} cold, no file {name}: starts at the model's weights")
         state = loop.state_dict_of(loop.master_params)
     else:
-        state = dist_util.load_state_dict(path, map_location="cpu")
+        state = files.read(path)
         state = state["weights"] if name.startswith("posthoc") else state
         state_dicts.check_fit(loop.model, state, path)
         logger.log(f"resume: {what} restored from {path}")
     loop.fill_from(state, params)
 
 
-def _load_optimizer(loop: TrainLoop, beside: str) -> None:
+def _load_optimizer(loop: TrainLoop, files: _Files) -> None:
     name = checkpoint.opt_name(loop.resume_step)
-    path = checkpoint.find_beside(beside, name) if beside else None
+    path = files.find(name)
     if path is None:
         logger.log(f"resume: optimiser cold, no file {name}: starts without momentum")
         return
-    state = dist_util.load_state_dict(path, map_location="cpu")
+    state = files.read(path)
     try:
         stored_lr = state["param_groups"][0]["lr"]
-        loop.opt.load_state_dict(state)
         updates = {int(entry["step"]) for entry in state["state"].values()}
+        loop.opt.load_state_dict(_shared(state, loop.master_params))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"'{path}' does not fit this run's optimiser ({error}): was --use_fp16 the same?"
@@ -78,6 +118,18 @@ def _load_optimizer(loop: TrainLoop, beside: str) -> None:
         logger.log(f"resume: learning rate {loop.lr}, was {stored_lr} in {name}")
     if updates and updates != {loop.resume_step}:
         loop.step = 1  # written inside the loop: the step of that name is done
+
+
+def _shared(state: dict[str, Any], params: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """The optimiser's state with moments shared among processes as the parameters are."""
+    entries = {
+        index: {
+            key: parallel.like(params[index], value) if value.ndim else value
+            for key, value in entry.items()
+        }
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": entries}
 
 
 def _load_state(loop: TrainLoop, beside: str) -> None:

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, dist_util, logger, state_dicts
+from . import checkpoint, dist_util, liveness, logger, state_dicts
+from ._version import __version__
 from .errors import UserError
 from .flags import given_flags, option, pick, require_at_least
 from .image_datasets import ImageList
@@ -68,9 +69,42 @@ def set_up(flags: Flags) -> str:
     run = pick(RunOptions, flags)
     if os.path.isfile(run.log_dir):
         raise UserError(f"--log_dir {run.log_dir} is a file: name a folder, which may be new")
+    liveness.doing("comparing flags", starting=True)
     dist_util.setup_dist()
+    _check_alike(flags)
     folder = os.path.abspath(os.path.expanduser(run.log_dir or logger.default_dir()))
     return dist_util.broadcast_object(folder)
+
+
+def _check_alike(flags: Flags) -> None:
+    """Check that all processes were started with the same flags, by the same versions.
+
+    :raises ValueError: on every process alike, naming the first that differs from process 0.
+    """
+    versions = {"improved_diffusion": __version__, "torch": torch.__version__}
+    everyone = dist_util.gather_objects((versions, flags))
+    for rank, (others_versions, others_flags) in enumerate(everyone):
+        theirs, first = _differing(others_versions, everyone[0][0], "{} {}")
+        if theirs:
+            raise UserError(
+                f"process {rank} runs {theirs}, process 0 {first}: install the same everywhere"
+            )
+        theirs, first = _differing(others_flags, everyone[0][1], "--{} {}")
+        if theirs:
+            raise UserError(
+                f"process {rank} was started with {theirs}, process 0 with {first}: give all the "
+                "same flags"
+            )
+
+
+def _differing(theirs: Flags, first: Flags, form: str) -> tuple[str, str]:
+    """The entries that differ, as texts of both sides; '' if none does."""
+    names = [name for name in first if repr(theirs.get(name)) != repr(first[name])]
+    texts = [
+        " ".join(form.format(name, side.get(name, "missing")) for name in names)
+        for side in (theirs, first)
+    ]
+    return texts[0], texts[1]
 
 
 def open_folder(folder: str, flags: Flags) -> None:
@@ -78,6 +112,7 @@ def open_folder(folder: str, flags: Flags) -> None:
 
     So samples written into a training run leave its own flags alone.
     """
+    liveness.doing("at work")
     logger.configure(dir=folder)
     script = os.path.splitext(os.path.basename(sys.argv[0]))[0]
     store_flags(folder, flags, f"{script}.json")
@@ -114,6 +149,8 @@ def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
             f"defaults, such as --noise_schedule {flags['noise_schedule']} --diffusion_steps "
             f"{flags['diffusion_steps']}"
         )
+    else:  # what was trained before there were value ranges was 8-bit pictures
+        stored = {"value_range": "", **stored}
     if not flags.get("num_classes"):
         given = given - {"num_classes"}  # 0: to be counted
     known = {field.name for cls in _OPTIONS for field in dataclasses.fields(cls)} | {"labels_from"}
@@ -142,7 +179,7 @@ def relabel(images: ImageList, class_names: Sequence[str]) -> ImageList:
         )
     names = list(class_names)
     classes = [names.index(images.class_names[label]) for label in images.classes]
-    return ImageList(images.paths, classes, tuple(names))
+    return dataclasses.replace(images, classes=classes, class_names=tuple(names))
 
 
 def check_class_names(flags: Flags, images: ImageList) -> None:

@@ -18,7 +18,7 @@ from . import checkpoint, dist_util
 from .errors import UserError
 from .flags import option, require, require_at_least
 from .gaussian_diffusion import GaussianDiffusion, Model
-from .pixels import PIL_MODES
+from .pixels import PIL_MODES, ValueRange
 from .rng import derive_seed, sample_generators
 
 GRID_SAMPLES = 100  # at most, in grid.png
@@ -40,7 +40,10 @@ class SampleOptions:
     classes: str = option(
         "", "classes to make in turn: numbers or names such as '3,7', or 'all'; '': at random"
     )
-    save_png: bool = option(False, "also write each image as a PNG file")
+    save_png: bool = option(
+        False,
+        "also write each image as a PNG file; with --value_range as 16-bit grey PNG or .npy",
+    )
 
     def __post_init__(self) -> None:
         require_at_least(1, self, ["num_samples", "batch_size"])
@@ -49,12 +52,13 @@ class SampleOptions:
             raise UserError(f"--eta {self.eta} needs --use_ddim True: DDPM has no eta")
 
 
-def check_png(save_png: bool, channels: int) -> None:
+def check_png(save_png: bool, channels: int, value_range: ValueRange | None = None) -> None:
     """Check before sampling that what is asked for can be written.
 
+    :param value_range: of the data; with one, what PNG cannot hold is written as .npy.
     :raises ValueError: if PNG files are wanted of images that PNG cannot hold.
     """
-    if save_png and channels not in PIL_MODES:
+    if save_png and channels not in PIL_MODES and value_range is None:
         raise UserError(f"--save_png True: PNG holds 1 to 4 channels, not {channels}")
 
 
@@ -135,6 +139,35 @@ def to_uint8(samples: Tensor) -> Tensor:
     return levels.permute(0, 2, 3, 1).contiguous()
 
 
+def to_values(samples: Tensor, value_range: ValueRange | None) -> Tensor:
+    """Samples as values of the data; see :func:`store_type` for their type in a file.
+
+    :param samples: float [N, C, H, W], mostly in [-1, 1].
+    :param value_range: of the data; None for pictures, see :func:`to_uint8`.
+    :return: [N, H, W, C]: uint8, or with a value range float32 in it, rounded if whole numbers
+        are stored.
+    """
+    if value_range is None:
+        return to_uint8(samples)
+    low, high = value_range
+    values = ((samples.float() + 1) / 2 * (high - low) + low).clamp(low, high)
+    if store_type(value_range) == np.uint16:
+        values = values.round()
+    return values.permute(0, 2, 3, 1).contiguous()
+
+
+def store_type(value_range: ValueRange | None) -> np.dtype:
+    """The type of samples in files.
+
+    :return: uint8 without a value range; uint16 if LOW and HIGH are whole numbers from 0 to 65535;
+        else float32.
+    """
+    if value_range is None:
+        return np.dtype(np.uint8)
+    whole = all(value.is_integer() and 0 <= value <= 65535 for value in map(float, value_range))
+    return np.dtype(np.uint16 if whole else np.float32)
+
+
 def collect_samples(
     make: Callable[[list[int]], tuple[Tensor, Tensor | None]],
     num_samples: int,
@@ -204,26 +237,41 @@ def write_samples(
     classes: Sequence[int] = (),
     class_names: Sequence[str] = (),
     save_png: bool = False,
+    value_range: ValueRange | None = None,
 ) -> str:
     """Write samples as an npz file, a grid and, if asked, one PNG each.
 
-    :param images: uint8 [N, H, W, C].
+    :param images: uint8 [N, H, W, C]; with a value range as :func:`to_values` makes them.
     :param labels: int64 [N], or None.
     :param classes: the classes that the samples go through in turn, one column of the grid each.
     :param class_names: names by class index, for the names of the PNG files.
-    :param save_png: also write ``png/INDEX_CLASS.png``; see :func:`check_png`.
-    :return: the path of ``samples_NxHxWxC.npz``: ``arr_0`` holds the images, ``arr_1`` the labels.
+    :param save_png: also write ``png/INDEX_CLASS.png``; see :func:`check_png`. With a value range
+        these have 16 bits; of more than one channel, or of float32, ``npy/INDEX_CLASS.npy``.
+    :param value_range: of the data; the grid shows it as 8 bits.
+    :return: the path of ``samples_NxHxWxC.npz``: ``arr_0`` holds the images in the type of
+        :func:`store_type`, ``arr_1`` the labels.
     """
-    check_png(save_png, images.shape[-1])
+    check_png(save_png, images.shape[-1], value_range)
+    if value_range is not None:
+        images = images.astype(store_type(value_range), copy=False)
     path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
     with checkpoint.open_whole(path) as file:
         np.savez(file, images, *([] if labels is None else [labels]))
     if images.shape[-1] in PIL_MODES:
         columns = len(classes) if 2 <= len(classes) <= 20 else 0
-        checkpoint.write_file(os.path.join(folder, "grid.png"), png(grid(images, columns)))
-        if save_png:
-            _write_pngs(os.path.join(folder, "png"), images, labels, class_names)
+        shown = _as_picture(images[:GRID_SAMPLES], value_range)
+        checkpoint.write_file(os.path.join(folder, "grid.png"), png(grid(shown, columns)))
+    if save_png:
+        _write_singly(folder, images, labels, class_names)
     return path
+
+
+def _as_picture(images: np.ndarray, value_range: ValueRange | None) -> np.ndarray:
+    """An 8-bit view of the range, uint8 [N, H, W, C]."""
+    if value_range is None:
+        return images
+    low, high = value_range
+    return ((images.astype(np.float64) - low) / (high - low) * 255).clip(0, 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
@@ -251,7 +299,7 @@ def grid(images: np.ndarray, columns: int = 0) -> np.ndarray:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    """A PNG file of uint8 [H, W, C] with 1 to 4 channels."""
+    """A PNG file of uint8 [H, W, C] with 1 to 4 channels, or of uint16 [H, W, 1]."""
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -260,14 +308,23 @@ def png(pixels: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write_pngs(
+def _write_singly(
     folder: str, images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str]
 ) -> None:
-    os.makedirs(folder, exist_ok=True)
+    """One file for each image, of the simplest kind that holds it whole."""
+    kind = "png" if images.dtype == np.uint8 or _is_deep_grey(images) else "npy"
+    os.makedirs(os.path.join(folder, kind), exist_ok=True)
     for i, image in enumerate(images):
         name = f"{i:06d}"
         if labels is not None:
             label = int(labels[i])
             name += f"_{class_names[label] if label < len(class_names) else label}"
-        with open(os.path.join(folder, f"{name}.png"), "wb") as file:
-            file.write(png(image))
+        with open(os.path.join(folder, kind, f"{name}.{kind}"), "wb") as file:
+            if kind == "png":
+                file.write(png(image))
+            else:
+                np.save(file, image)
+
+
+def _is_deep_grey(images: np.ndarray) -> bool:
+    return images.dtype == np.uint16 and images.shape[-1] == 1

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint
+from . import checkpoint, dist_util, liveness, sharded
 from .errors import UserError
 from .flags import option, require_at_least
 
@@ -48,10 +49,13 @@ class Saver:
     copied; outside, :meth:`save` returns when the checkpoint counts.
 
     :param options: when to save, and what to keep.
+    :param group: of processes that write their shares together, for this alone; None if the first
+        process writes whole tensors.
     """
 
-    def __init__(self, options: SavingOptions) -> None:
+    def __init__(self, options: SavingOptions, group: dist.ProcessGroup | None = None) -> None:
         self.options = options
+        self.group = group
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
         self._last = time.monotonic()
@@ -70,6 +74,8 @@ class Saver:
     def save(self, folder: str, step: int, files: Mapping[str, Any]) -> None:
         """Write a checkpoint; see :func:`.checkpoint.write_checkpoint`.
 
+        With a group every process must call this; see :func:`.sharded.write_checkpoint`.
+
         :raises OSError: naming the file that this checkpoint, or the one before, could not write.
         """
         self.wait()
@@ -80,9 +86,13 @@ class Saver:
             copies = {name: _copy(value) for name, value in files.items()}
             self._writing = self._thread.submit(self._write, folder, step, copies)
 
+    @liveness.finishing()
     def _write(self, folder: str, step: int, files: Mapping[str, Any]) -> None:
-        checkpoint.write_checkpoint(folder, step, files)
-        if self.options.keep_checkpoints:
+        if self.group is None:
+            checkpoint.write_checkpoint(folder, step, files)
+        else:
+            sharded.write_checkpoint(folder, step, files, self.group)
+        if self.options.keep_checkpoints and dist_util.get_rank() == 0:
             checkpoint.prune(folder, self.options.kept)
 
     def check(self) -> None:

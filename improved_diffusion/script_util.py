@@ -26,6 +26,7 @@ from .flags import (
 from .flags import (
     image_size as read_image_size,
 )
+from .pixels import parse_value_range, value_range_flag
 from .respace import SpacedDiffusion, space_timesteps
 from .unet import SuperResModel, UNetModel
 
@@ -93,9 +94,17 @@ class _SharedOptions:
     channel_mult: str = option(
         "", "width of each level in multiples of --num_channels: '1,2,2'; '' by image size"
     )
-    channels: int = option(3, "colour channels: 1 grey, 3 RGB, 4 RGB and alpha")
+    channels: int = option(
+        3, "colour channels: 1 grey, 3 RGB, 4 RGB and alpha; with --value_range any number"
+    )
     num_classes: int = option(
         0, f"with --class_cond: number of classes; 0: counted from the data, else {NUM_CLASSES}"
+    )
+    value_range: str = option(
+        "",
+        "LOW,HIGH: the data's values become -1 ... 1, and samples have them again; reads 16-bit "
+        "PNG, TIFF and .npy as they are; '': 8-bit pictures",
+        value_range_flag,
     )
 
     def __post_init__(self) -> None:
@@ -103,6 +112,7 @@ class _SharedOptions:
             1, self, ["num_channels", "num_res_blocks", "num_heads", "diffusion_steps", "channels"]
         )
         require_at_least(0, self, ["num_classes"])
+        parse_value_range(self.value_range)
         heads = self.num_heads_upsample
         require(heads == -1 or heads >= 1, "num_heads_upsample", heads, "-1 or at least 1")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
@@ -199,6 +209,7 @@ FIXED_BY_TRAINING = frozenset(
         "channel_mult",
         "channels",
         "num_classes",
+        "value_range",
     ]
 )
 
@@ -236,6 +247,7 @@ def create_model_and_diffusion(
     channel_mult: str = "",
     channels: int = 3,
     num_classes: int = 0,
+    value_range: str = "",
 ) -> tuple[UNetModel, SpacedDiffusion]:
     """A U-Net and its diffusion process; the arguments are the flags of the scripts.
 
@@ -292,6 +304,7 @@ def sr_create_model_and_diffusion(
     channel_mult: str = "",
     channels: int = 3,
     num_classes: int = 0,
+    value_range: str = "",
 ) -> tuple[SuperResModel, SpacedDiffusion]:
     """A super-resolution U-Net and its diffusion process; the arguments are the scripts' flags.
 

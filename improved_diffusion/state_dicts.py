@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from . import dist_util
+from . import checkpoint, dist_util
 from .errors import UserError
 
 
@@ -17,6 +17,11 @@ def load_model(model: nn.Module, path: str) -> None:
     :raises ValueError: naming the flags or the keys that differ, if it does not fit; see also
         :func:`.dist_util.load_state_dict`.
     """
+    if checkpoint.is_sharded(path.rstrip("/")):
+        raise UserError(
+            f"checkpoint '{path}' is in shares: python scripts/merge_checkpoint.py --checkpoint "
+            f"{path} makes model*.pt and ema_*.pt of it"
+        )
     state = dist_util.load_state_dict(path, map_location="cpu")
     check_fit(model, state, path)
     model.load_state_dict(state)
@@ -29,7 +34,14 @@ def check_fit(model: nn.Module, state: Any, path: str) -> None:
     """
     if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
         raise UserError(f"checkpoint '{path}' is no state dict of a model: {_contents(state)}")
-    theirs = {key: tuple(value.shape) for key, value in state.items()}
+    check_shapes(model, {key: tuple(value.shape) for key, value in state.items()}, path)
+
+
+def check_shapes(model: nn.Module, theirs: Mapping[str, tuple[int, ...]], path: str) -> None:
+    """Check that the keys and shapes of a checkpoint are those of a model.
+
+    :raises ValueError: naming the flags or the keys that differ, if they are not.
+    """
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if theirs == ours:
         return

@@ -14,9 +14,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from . import checkpoint, dist_util, logger
+from . import checkpoint, dist_util, liveness, logger
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename
 from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report, most_telling
 from .errors import Diverged, RunAgain, Stop
@@ -37,6 +36,7 @@ from .optimization import (
     check_precision,
     clip_gradients,
 )
+from .parallel import ParallelOptions, host_group, like, local, no_sync, replicate, shard, whole
 from .posthoc_ema import gamma_of, parse_sigma_rels, power_rate
 from .progress import Progress
 from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, ScheduleSampler, UniformSampler
@@ -148,6 +148,8 @@ class TrainLoop:
     :param saving: which checkpoints to write and keep.
     :param posthoc_ema: relative widths of power-function averages to keep; see
         :mod:`.posthoc_ema`.
+    :param parallel: how the model is spread over processes. One that is shared among them need not
+        be on its device yet; it stays shared.
     :param watchers: called with this loop on every process after each step that is a multiple of
         their ``interval``, but for step 0.
     :param flags: of the run, to be stored in its checkpoints.
@@ -178,6 +180,7 @@ class TrainLoop:
         optimization: OptimizationOptions = OptimizationOptions(),
         saving: SavingOptions = SavingOptions(),
         posthoc_ema: str = "",
+        parallel: ParallelOptions = ParallelOptions(),
         watchers: Sequence[Watcher] = (),
         flags: Mapping[str, Any] | None = None,
     ) -> None:
@@ -198,6 +201,7 @@ class TrainLoop:
         self.seed = seed
         self.bounds = bounds
         self.optimization = optimization
+        self.parallel = parallel
         self.watchers = watchers
         self.flags = dict(flags or {})
 
@@ -214,11 +218,13 @@ class TrainLoop:
         self.pending_losses: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.timesteps: list[Tensor] = []  # of the last step
         self._loss_finite = torch.tensor(True)  # in the last step
-        self._saver = Saver(saving)
         self._last_saved = -1
         self._stopping = False  # all processes have agreed to stop after this step
 
-        check_precision(optimization, use_fp16, next(model.parameters()).device)
+        self.device = dist_util.dev() if parallel.sharded else next(model.parameters()).device
+        parallel.check(dist_util.get_world_size(), use_fp16)
+        check_precision(optimization, use_fp16, self.device)
+        self._saver = Saver(saving, host_group() if parallel.sharded else None)
         self._make_weights(lr, weight_decay)
         self.posthoc_widths = parse_sigma_rels(posthoc_ema)
         self.posthoc_params = [copy.deepcopy(self.master_params) for _ in self.posthoc_widths]
@@ -240,6 +246,8 @@ class TrainLoop:
     def _make_weights(self, lr: float, weight_decay: float) -> None:
         """Equal weights on all processes; what the optimiser updates; and their averages."""
         dist_util.sync_params(self.model.parameters())
+        if self.parallel.sharded:
+            shard(self.model, self.parallel, self._dtype)
         self.model_params = list(self.model.parameters())
         self.master_params = self.model_params
         if self.use_fp16:
@@ -248,22 +256,20 @@ class TrainLoop:
         self.opt = torch.optim.AdamW(self.master_params, lr=lr, weight_decay=weight_decay)
         self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
 
-    def _wrap_network(self) -> None:
-        """The network as the losses see it: data-parallel, and in the precision asked for."""
-        self.use_ddp = dist_util.get_world_size() > 1
-        self.ddp_model = self._data_parallel(self.model) if self.use_ddp else self.model
-        dtype = None if self.use_fp16 else PRECISIONS[self.optimization.precision or "fp32"]
-        device = self.model_params[0].device.type
-        self._scaled_loss = self.use_fp16 or dtype is torch.float16
-        self._network = autocast(self.ddp_model, dtype, device) if dtype else self.ddp_model
+    @property
+    def _dtype(self) -> torch.dtype | None:
+        """What autocast computes in; None for the type of the weights."""
+        return None if self.use_fp16 else PRECISIONS[self.optimization.precision or "fp32"]
 
-    def _data_parallel(self, model: nn.Module) -> nn.Module:
-        device = self.model_params[0].device
-        return DistributedDataParallel(
-            model,
-            device_ids=[device] if device.type == "cuda" else None,
-            bucket_cap_mb=128,
-        )
+    def _wrap_network(self) -> None:
+        """The network as the losses see it: on all processes, and in the precision asked for."""
+        self.use_ddp = dist_util.get_world_size() > 1 and not self.parallel.sharded
+        parts = self.microbatch < self.batch_size
+        self.ddp_model = replicate(self.model, self.device, parts) if self.use_ddp else self.model
+        dtype = self._dtype
+        self._scaled_loss = self.use_fp16 or dtype is torch.float16
+        device = self.device.type
+        self._network = autocast(self.ddp_model, dtype, device) if dtype else self.ddp_model
 
     @property
     def global_step(self) -> int:
@@ -306,6 +312,7 @@ class TrainLoop:
         first_step = self.step
         while not self._done:
             started = time.monotonic()
+            liveness.doing(f"taking step {self.global_step}", starting=self.step == first_step)
             with progress.waiting():
                 batch, cond = next(self.data)
             self.run_step(batch, cond)
@@ -355,6 +362,7 @@ class TrainLoop:
         step = self.global_step
         for watcher in self.watchers:
             if watcher.interval and step and step % watcher.interval == 0:
+                liveness.doing(f"looking at step {step}")
                 watcher(self)
 
     def _write_log(self, progress: Progress) -> None:
@@ -379,11 +387,11 @@ class TrainLoop:
         """Leave the gradient of the batch's mean loss on the model's parameters."""
         zero_grad(self.model_params)
         self.timesteps.clear()
-        self._loss_finite = torch.tensor(True, device=self.model_params[0].device)
+        self._loss_finite = torch.tensor(True, device=self.device)
         for part, micro, micro_cond in self.microbatches(batch, cond):
             t, weights = self._sample_timesteps(len(micro), part)
             last = part.stop == len(batch)
-            with contextlib.nullcontext() if last else self._no_sync():
+            with contextlib.nullcontext() if last else no_sync(self.ddp_model):
                 losses = self.losses(self._network, micro, t, micro_cond, part)
                 # each image weighs the same, however the batch is split
                 loss = (losses["loss"] * weights).sum() / len(batch)
@@ -400,9 +408,8 @@ class TrainLoop:
 
     def microbatches(self, batch: Batch, cond: Cond) -> Iterator[tuple[slice, Batch, Cond]]:
         """Which part of the batch each is, its images and its conditions, on the device."""
-        device = self.model_params[0].device
-        batch = batch.to(device, non_blocking=True)
-        cond = {key: value.to(device, non_blocking=True) for key, value in cond.items()}
+        batch = batch.to(self.device, non_blocking=True)
+        cond = {key: value.to(self.device, non_blocking=True) for key, value in cond.items()}
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, min(start + self.microbatch, len(batch)))
             yield part, batch[part], {key: value[part] for key, value in cond.items()}
@@ -415,10 +422,10 @@ class TrainLoop:
         return StepDraws(self.seed, self.global_step, dist_util.get_rank() * self.batch_size)
 
     def _sample_timesteps(self, count: int, part: slice) -> tuple[Tensor, Tensor]:
-        device, draws = self.model_params[0].device, self._draws
+        draws = self._draws
         if draws is None:
-            return self.schedule_sampler.sample(count, device)
-        return self.schedule_sampler.sample(count, device, uniforms=draws.uniforms(part))
+            return self.schedule_sampler.sample(count, self.device)
+        return self.schedule_sampler.sample(count, self.device, uniforms=draws.uniforms(part))
 
     def losses(
         self, network: Model, images: Batch, t: Tensor, cond: Cond, part: slice
@@ -428,17 +435,11 @@ class TrainLoop:
         noise = {} if draws is None else {"noise": draws.noise_like(images, part)}
         return self.diffusion.training_losses(network, images, t, model_kwargs=cond, **noise)
 
-    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
-        """Leave averaging over the processes to a later backward pass."""
-        if isinstance(self.ddp_model, DistributedDataParallel):
-            return self.ddp_model.no_sync()
-        return contextlib.nullcontext()
-
     def optimize_fp16(self) -> None:
         """Undo the loss scale and update, or lower the scale if gradients overflowed."""
         if self.use_fp16:
             model_grads_to_master_grads(self.model_params, self.master_params)
-        torch._foreach_mul_(self._gradients(), 2**-self.lg_loss_scale)
+        torch._foreach_mul_(local(self._gradients()), 2**-self.lg_loss_scale)
         if self._update_weights():
             if self.use_fp16:
                 master_params_to_model_params(self.model_params, self.master_params)
@@ -463,18 +464,19 @@ class TrainLoop:
             return False
         self.skipped_in_row = 0
         if self.optimization.grad_clip:
-            clip_gradients(self._gradients(), norm, self.optimization.grad_clip)
+            clip_gradients(local(self._gradients()), norm, self.optimization.grad_clip)
         self.opt.step()
         self._update_ema()
         return True
 
     def _update_ema(self) -> None:
+        weights = local(self.master_params)
         for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
             rate = self.optimization.ema_rate(rate, self.global_step)
-            update_ema(params, self.master_params, rate=rate)
+            update_ema(local(params), weights, rate=rate)
         for width, params in zip(self.posthoc_widths, self.posthoc_params, strict=True):
             rate = power_rate(self.steps_done + 1 - self.skipped, gamma_of(width))
-            update_ema(params, self.master_params, rate=rate)
+            update_ema(local(params), weights, rate=rate)
 
     def _anneal_lr(self) -> None:
         if self.lr_anneal_steps or self.optimization.changes_lr or self.lr_scale != 1:
@@ -518,7 +520,7 @@ class TrainLoop:
     # -- logging ------------------------------------------------------------------------------
 
     def _log_grad_norm(self) -> Tensor:
-        norm = nn.utils.get_total_norm(self._gradients())
+        norm = whole(nn.utils.get_total_norm(self._gradients()))
         logger.logkv_mean("grad_norm", norm)  # stays on the device until the log is written
         return norm
 
@@ -561,19 +563,25 @@ class TrainLoop:
         Weights that are not finite are not saved, which a warning says.
         """
         step, folder = self.global_step, get_blob_logdir()
+        liveness.doing(f"saving step {step}")
         self._last_saved = step
-        if dist_util.get_rank() == 0:
-            averages = [*self.ema_params, *self.posthoc_params]
-            weights = [param for params in (self.master_params, *averages) for param in params]
-            if all_finite(weights):
+        if dist_util.get_rank() == 0 or self.parallel.sharded:
+            if self._weights_finite():
                 logger.log(f"saving step {step} to {folder}")
                 self._saver.save(folder, step, checkpoint_files(self, step))
-            else:
+            elif dist_util.get_rank() == 0:
                 logger.warn(
                     f"WARNING: step {step} is not saved: weights or averages are not finite"
                 )
         if not self._saver.in_background:
             dist_util.barrier()
+
+    def _weights_finite(self) -> bool:
+        """Whether weights and averages are; of a shared model, all shares of them."""
+        averages = [*self.ema_params, *self.posthoc_params]
+        weights = [param for params in (self.master_params, *averages) for param in params]
+        finite = all_finite(local(weights))
+        return not dist_util.any_rank(not finite)[0] if self.parallel.sharded else finite
 
     def _unflattened(self, master_params: list[nn.Parameter]) -> list[Tensor]:
         if self.use_fp16:
@@ -592,7 +600,7 @@ class TrainLoop:
         """Overwrite parameters, in place, by those of a state dict."""
         names = [name for name, _ in self.model.named_parameters()]
         for name, param in zip(names, self._unflattened(master_params), strict=True):
-            param.copy_(state[name])
+            param.copy_(like(param, state[name]))
 
     @contextlib.contextmanager
     def averaged_model(self) -> Iterator[nn.Module]:

@@ -11,23 +11,27 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import default_collate
 
-from . import checkpoint, dist_util, logger, state_dicts
+from . import checkpoint, dist_util, liveness, logger, sharded, state_dicts
+from .augment import AugmentOptions
 from .errors import UserError
 from .flags import pick
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import (
     Batch,
     DataOptions,
-    ImageDataset,
     ImageList,
     ImageStream,
     list_images,
+    load_all,
     load_data,
     load_once,
+    open_dataset,
 )
+from .likelihood import bits_of_a_range
 from .optimization import OptimizationOptions, check_precision
+from .parallel import ParallelOptions
+from .pixels import check_files, parse_value_range
 from .previews import Previews
 from .resample import create_named_schedule_sampler
 from .rng import seed_everything
@@ -48,9 +52,11 @@ REFERENCE_IMAGES = 256
 
 TRAINING_OPTIONS = (
     DataOptions,
+    AugmentOptions,
     TrainOptions,
     Bounds,
     OptimizationOptions,
+    ParallelOptions,
     SavingOptions,
     WatchOptions,
 )
@@ -81,18 +87,38 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
     for options in TRAINING_OPTIONS:
         pick(options, flags)  # says what is wrong with them
     flags = {**flags, "log_dir": set_up(flags)}
+    flags = _spread(flags, given)
+    liveness.doing("looking for a checkpoint", starting=True)
     flags = _with_checkpoint(flags, given)
     train, source, watch = (pick(o, flags) for o in (TrainOptions, DataOptions, WatchOptions))
-    images = list_images(source.data_dir, flags["class_cond"], source.labels_from)
+    value_range = parse_value_range(flags["value_range"])
+    liveness.doing(f"listing the images of {source.data_dir}", starting=True)
+    images = list_images(
+        source.data_dir, flags["class_cond"], source.labels_from, value_range=value_range
+    )
+    if value_range is not None and images.packed is None:
+        check_files(images.paths, flags["channels"], value_range)
     flags = _with_classes(flags, images)
     training, validation = images, None
     if watch.val_fraction:
         training, validation = hold_out(images, watch.val_fraction)
     elif watch.val_data_dir:
         validation = list_images(
-            watch.val_data_dir, flags["class_cond"], source.labels_from, "val_data_dir"
+            watch.val_data_dir,
+            flags["class_cond"],
+            source.labels_from,
+            "val_data_dir",
+            value_range,
         )
         validation = relabel(validation, flags.get("class_names", []))
+        open_dataset(
+            validation,
+            flags[size_flag],
+            channels=flags["channels"],
+            value_range=value_range,
+            size_flag=size_flag,
+        )
+    augment = pick(AugmentOptions, flags)
     stream = load_data(
         data_dir=source.data_dir,
         batch_size=train.batch_size,
@@ -102,14 +128,49 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
         channels=flags["channels"],
         num_workers=source.num_workers,
         seed=flags["seed"],
+        value_range=value_range,
+        random_flip=augment.random_flip,
+        random_crop=augment.random_crop,
+        device=dist_util.dev(),
+        size_flag=size_flag,
     )
     check_precision(pick(OptimizationOptions, flags), train.use_fp16, dist_util.dev())
     total = pick(Bounds, flags).total_steps(
         train.lr_anneal_steps, train.batch_size * dist_util.get_world_size()
     )
     pick(OptimizationOptions, flags).lr_factor(0, train.lr_anneal_steps, total)
+    liveness.doing("making the network", starting=True)
     seed_everything(flags["seed"], "initial weights")
     return flags, TrainingData(stream, training, validation, size_flag)
+
+
+def _spread(flags: Flags, given: set[str]) -> Flags:
+    """Check how training is spread over the processes, and fill in the batch of each.
+
+    :raises ValueError: if so many processes cannot share the model or the batch, or what they
+        write could not be kept.
+    """
+    world_size, parallel = dist_util.get_world_size(), pick(ParallelOptions, flags)
+    parallel.check(world_size, flags["use_fp16"])
+    blobs = os.environ.get("DIFFUSION_BLOB_LOGDIR", "")
+    if parallel.sharded and "://" in blobs:
+        raise UserError(
+            f"--parallel fsdp: every process writes its share into a folder that all see; "
+            f"$DIFFUSION_BLOB_LOGDIR {blobs} is none"
+        )
+    if parallel.sharded and flags["posthoc_ema"] and flags["keep_checkpoints"]:
+        raise UserError(
+            f"--keep_checkpoints {flags['keep_checkpoints']} with --parallel fsdp removes the "
+            f"averages of --posthoc_ema {flags['posthoc_ema']} with the shares: leave one out"
+        )
+    batch_size = parallel.batch_size(flags["batch_size"], world_size)
+    if "batch_size" in given and batch_size != flags["batch_size"]:
+        raise UserError(
+            f"--batch_size {flags['batch_size']} contradicts --global_batch "
+            f"{parallel.global_batch}, which is {batch_size} for each of {world_size} processes: "
+            "leave --batch_size out"
+        )
+    return {**flags, "batch_size": batch_size}
 
 
 def _with_checkpoint(flags: Flags, given: set[str]) -> Flags:
@@ -195,11 +256,14 @@ def train(
     flags: Flags,
 ) -> None:
     """Open the run folder and train in it."""
+    liveness.doing("making the training loop", starting=True)
     options = pick(TrainOptions, flags)
     if options.resume_checkpoint:  # fails before anything is written
-        state_dicts.load_model(model, options.resume_checkpoint)
+        _check_fit(model, options.resume_checkpoint)
     logger.configure(dir=flags["log_dir"])
-    model.to(dist_util.dev())
+    parallel = pick(ParallelOptions, flags)
+    if not parallel.sharded:  # the whole of it may not fit
+        model.to(dist_util.dev())
     arguments = dataclasses.asdict(options)
     arguments["schedule_sampler"] = create_named_schedule_sampler(
         options.schedule_sampler, diffusion
@@ -212,6 +276,7 @@ def train(
         bounds=pick(Bounds, flags),
         optimization=pick(OptimizationOptions, flags),
         saving=pick(SavingOptions, flags),
+        parallel=parallel,
         watchers=_watchers(diffusion, data, flags),
         flags=flags,
         **arguments,
@@ -221,6 +286,15 @@ def train(
     _describe(loop, data, flags)
     loop.run_loop()
     logger.log(f"training complete; checkpoints are in {get_blob_logdir()}")
+
+
+def _check_fit(model: nn.Module, path: str) -> None:
+    """Refuse a checkpoint that does not fit the model, before anything is written."""
+    if checkpoint.is_sharded(path):
+        name = checkpoint.model_name(checkpoint.parse_resume_step_from_filename(path))
+        state_dicts.check_shapes(model, sharded.ShardedCheckpoint(path).shapes(name), path)
+    else:
+        state_dicts.load_model(model, path)
 
 
 def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
@@ -241,6 +315,13 @@ def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
         f"{last if loop.batch_size % loop.microbatch else ''} = global batch of "
         f"{loop.global_batch}; {loop.bounds.describe(loop.total_steps)}"
     )
+    if loop.parallel.sharded:
+        share = loop.parallel.shard_processes or world
+        copies = f", {world // share} copies in all" if share < world else ""
+        logger.log(
+            f"fully sharded: each process holds 1/{share} of weights, gradients, averages and "
+            f"optimiser{copies}"
+        )
     if flags["diffusion_steps"] > MANY_DIFFUSION_STEPS:
         logger.warn(
             f"--diffusion_steps {flags['diffusion_steps']} is the number of noising steps; the "
@@ -258,6 +339,8 @@ def _watchers(diffusion: GaussianDiffusion, data: TrainingData, flags: Flags) ->
         batches = load(chosen)  # once; they are the same each time
         validation = Validation(diffusion, lambda: batches, len(chosen.paths))
         watchers.append(ValidationWatcher(validation, watch.val_interval))
+        if flags.get("value_range"):
+            logger.log(f"val_bpd is in {bits_of_a_range(flags['value_range'])}")
     if watch.sample_interval:
         reference = load(spread_out(data.training, REFERENCE_IMAGES), whole=True)
         shown = load(spread_out(data.training, PREVIEW_IMAGES), whole=True)
@@ -277,12 +360,11 @@ def _load_fixed(
     :param whole: all images on every process.
     """
     size, channels = flags[data.size_flag], flags["channels"]
+    value_range = parse_value_range(flags.get("value_range", ""))
     with keep_random_state():
         if whole:
-            indices = list(range(len(images.paths)))
-            dataset = ImageDataset(size, images.paths, images.classes, channels=channels)
-            batch, cond = default_collate([dataset[i] for i in indices])
-            loaded = [(batch, cond, indices)]
+            dataset = open_dataset(images, size, channels=channels, value_range=value_range)
+            loaded = [load_all(dataset)]
         else:
             loaded = list(
                 load_once(
@@ -292,6 +374,7 @@ def _load_fixed(
                     size,
                     channels=channels,
                     num_workers=0,
+                    value_range=value_range,
                 )
             )
         change = data.stream.transform

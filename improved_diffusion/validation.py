@@ -6,7 +6,6 @@ DDPM: arXiv 2006.11239.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -167,19 +166,14 @@ def hold_out(images: ImageList, fraction: float) -> tuple[ImageList, ImageList]:
         side = "training" if count else "validation"
         raise UserError(f"--val_fraction {fraction} of {total} images leaves none for {side}")
     held = spaced(total, count)
-    return _pick(images, sorted(set(range(total)) - set(held))), _pick(images, held)
+    return images.pick(sorted(set(range(total)) - set(held))), images.pick(held)
 
 
 def spread_out(images: ImageList, count: int) -> ImageList:
     """At most ``count`` of the images, evenly spaced in the sorted list; all classes are known."""
-    return _pick(images, spaced(len(images.paths), min(count, len(images.paths))))
+    return images.pick(spaced(len(images.paths), min(count, len(images.paths))))
 
 
 def spaced(total: int, count: int) -> list[int]:
     """``count`` evenly spaced ones of the numbers 0 ... total - 1: midpoints of equal parts."""
     return [(2 * i + 1) * total // (2 * count) for i in range(count)]
-
-
-def _pick(images: ImageList, indices: list[int]) -> ImageList:
-    classes = images.classes and [images.classes[i] for i in indices]
-    return dataclasses.replace(images, paths=[images.paths[i] for i in indices], classes=classes)

@@ -12,7 +12,8 @@ from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import ArgumentParser, make_parser, option, pick, require_at_least
 from improved_diffusion.image_datasets import DataOptions, list_images, load_once
-from improved_diffusion.likelihood import estimate_bound
+from improved_diffusion.likelihood import bits_of_a_range, estimate_bound
+from improved_diffusion.pixels import check_files, parse_value_range
 from improved_diffusion.script_util import (
     ModelAndDiffusionOptions,
     args_to_dict,
@@ -40,15 +41,18 @@ def main() -> None:
     flags, given = runs.parse(create_argparser())
     options, source = pick(NLLOptions, flags), pick(DataOptions, flags)
     flags = runs.prepare_from_checkpoint(flags, given)
-    images = list_images(source.data_dir, flags["class_cond"], flags["labels_from"])
+    value_range = parse_value_range(flags["value_range"])
+    images = list_images(
+        source.data_dir, flags["class_cond"], flags["labels_from"], value_range=value_range
+    )
+    if value_range is not None and images.packed is None:
+        check_files(images.paths, flags["channels"], value_range)
     images = runs.relabel(images, flags["class_names"])
     runs.check_class_names(flags, images)
     model, diffusion = create_model_and_diffusion(
         **args_to_dict(flags, model_and_diffusion_defaults())
     )
     runs.load_for_evaluation(model, options.model_path)
-    runs.open_folder(flags["log_dir"], flags)
-
     rounds = load_once(
         images,
         options.num_samples,
@@ -56,7 +60,11 @@ def main() -> None:
         flags["image_size"],
         channels=flags["channels"],
         num_workers=source.num_workers,
+        value_range=value_range,
+        device=dist_util.dev(),
     )
+    runs.open_folder(flags["log_dir"], flags)
+
     wanted = min(options.num_samples, len(images.paths))
     estimates = estimate_bound(
         model,
@@ -65,6 +73,8 @@ def main() -> None:
         clip_denoised=options.clip_denoised,
         seed=flags["seed"],
     )
+    if value_range is not None:
+        logger.log(f"the bound is in {bits_of_a_range(flags['value_range'])}")
     with tqdm(total=wanted, unit="image", disable=dist_util.get_rank() != 0) as bar:
         for estimate in estimates:
             bar.set_postfix_str(f"{estimate.bpd:.4f} +- {estimate.standard_error:.4f} bits/dim")

@@ -6,6 +6,7 @@ from improved_diffusion import dist_util, logger, runs
 from improved_diffusion.checkpoint import describe_weights
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, pick
+from improved_diffusion.pixels import parse_value_range
 from improved_diffusion.sample_util import (
     SampleOptions,
     check_png,
@@ -13,7 +14,7 @@ from improved_diffusion.sample_util import (
     collect_samples,
     draw_samples,
     parse_classes,
-    to_uint8,
+    to_values,
     write_samples,
 )
 from improved_diffusion.script_util import (
@@ -31,7 +32,8 @@ def main() -> None:
     model, diffusion = create_model_and_diffusion(
         **args_to_dict(flags, model_and_diffusion_defaults())
     )
-    check_png(options.save_png, flags["channels"])
+    value_range = parse_value_range(flags["value_range"])
+    check_png(options.save_png, flags["channels"], value_range)
     classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
     runs.load_for_evaluation(model, options.model_path)
     runs.open_folder(flags["log_dir"], flags)
@@ -44,7 +46,7 @@ def main() -> None:
             labels = class_labels(indices, classes, model.num_classes, flags["seed"])
             kwargs["y"] = labels.to(dist_util.dev())
         images = draw_samples(model, diffusion, indices, shape, options, flags["seed"], kwargs)
-        return to_uint8(images), labels
+        return to_values(images, value_range), labels
 
     result = collect_samples(make, options.num_samples, options.batch_size)
     if result is not None:
@@ -54,6 +56,7 @@ def main() -> None:
             classes=classes,
             class_names=flags["class_names"],
             save_png=options.save_png,
+            value_range=value_range,
         )
         logger.log(f"sampling complete: {path}")
 

@@ -10,6 +10,7 @@ from improved_diffusion.checkpoint import describe_weights
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, option, pick
+from improved_diffusion.pixels import parse_value_range
 from improved_diffusion.sample_util import (
     SampleOptions,
     check_png,
@@ -17,7 +18,7 @@ from improved_diffusion.sample_util import (
     collect_samples,
     draw_samples,
     parse_classes,
-    to_uint8,
+    to_values,
     write_samples,
 )
 from improved_diffusion.script_util import (
@@ -53,7 +54,8 @@ def main() -> None:
     model, diffusion = sr_create_model_and_diffusion(
         **args_to_dict(flags, sr_model_and_diffusion_defaults())
     )
-    check_png(options.save_png, flags["channels"])
+    value_range = parse_value_range(flags["value_range"])
+    check_png(options.save_png, flags["channels"], value_range)
     classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
     runs.load_for_evaluation(model, options.model_path)
     base = load_base_samples(
@@ -63,6 +65,7 @@ def main() -> None:
         want_labels=model.num_classes is not None and not classes,
         class_names=flags["class_names"],
         num_classes=model.num_classes or 0,
+        value_range=value_range,
     )
     num_samples = options.num_samples
     if "num_samples" not in given and not base_path.endswith(".npz"):
@@ -83,12 +86,16 @@ def main() -> None:
             kwargs["y"] = labels.to(dist_util.dev())
         shape = (flags["channels"], *height_width(flags["large_size"]))
         images = draw_samples(model, diffusion, indices, shape, options, flags["seed"], kwargs)
-        return to_uint8(images), labels
+        return to_values(images, value_range), labels
 
     result = collect_samples(make, num_samples, options.batch_size)
     if result is not None:
         path = write_samples(
-            flags["log_dir"], *result, class_names=flags["class_names"], save_png=options.save_png
+            flags["log_dir"],
+            *result,
+            class_names=flags["class_names"],
+            save_png=options.save_png,
+            value_range=value_range,
         )
         logger.log(f"sampling complete: {path}")
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import sysconfig
@@ -85,3 +86,49 @@ def start_like_srun(script, *args, processes=2, timeout=180, cwd=None):
         "".join(out for out, _ in outputs),
         "".join(err for _, err in outputs),
     )
+
+
+def start_by_hand(script, *args, ranks=range(2), processes=2, port=None, cwd=None, env=None):
+    """Start processes that meet by torchrun's variables and that no launcher ends.
+
+    :param ranks: those that are started; one with a word of its own is a pair (rank, [words]).
+    :return: a Popen for each.
+    """
+    port = port or free_port()
+    started = []
+    for rank in ranks:
+        rank, words = rank if isinstance(rank, tuple) else (rank, [])
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        own = {**meeting, "RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
+        started.append(
+            subprocess.Popen(
+                [sys.executable, str(script), *map(str, args), *map(str, words)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                cwd=cwd,
+                env={**(env or environment()), **own},
+            )
+        )
+    return started
+
+
+def ends(processes, timeout=60):
+    """Wait for processes; none is left when this returns or fails.
+
+    :return: a CompletedProcess for each.
+    """
+    try:
+        texts = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(process.args, process.returncode, *text)
+        for process, text in zip(processes, texts, strict=True)
+    ]
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]

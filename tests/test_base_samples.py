@@ -165,3 +165,44 @@ def test_broken_picture_is_named(folder, where):
 
 def test_empty_folder_is_an_error_of_this_flag(tmp_path):
     assert str(tmp_path) in message(str(tmp_path), 4, 3)
+
+
+# -- value ranges
+
+
+def in_range(pixels, low, high):
+    values = (pixels.astype(np.float32) - low) / (high - low) * 2 - 1
+    return torch.from_numpy(values).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("value_range", [(0.0, 65535.0), (-50.5, 300.0)])
+def test_npz_of_a_range_is_read_back(tmp_path, value_range):
+    values = np.random.default_rng(1).uniform(0, 300, (3, 4, 6, 5)).round().astype(np.float32)
+    path = write_samples(str(tmp_path), values, None, value_range=value_range)
+    base = load_base_samples(path, (4, 6), 5, value_range=value_range)
+    assert base.images.dtype == torch.float32
+    torch.testing.assert_close(base.images, in_range(values, *value_range))
+
+
+def test_folder_and_file_of_a_range_are_read(tmp_path):
+    values = np.random.default_rng(1).uniform(-7, 9, (2, 4, 6, 2)).astype(np.float32)
+    for name, image in zip(["owl_1", "ant_2"], values, strict=True):
+        np.save(tmp_path / f"{name}.npy", image)
+    options = {"value_range": (-7.0, 9.0), "want_labels": True, "class_names": ["owl", "ant"]}
+    base = load_base_samples(str(tmp_path), (4, 6), 2, **options)
+    assert base.labels.tolist() == [1, 0]
+    torch.testing.assert_close(base.images, in_range(values[::-1], -7, 9))
+    one = load_base_samples(str(tmp_path / "owl_1.npy"), (4, 6), 2, value_range=(-7.0, 9.0))
+    torch.testing.assert_close(one.images, in_range(values[:1], -7, 9))
+
+
+def test_npz_beyond_the_range_is_an_error(tmp_path):
+    path = str(tmp_path / "a.npz")
+    np.savez(path, np.array([-1.0, 2]).reshape(1, 1, 2, 1))
+    with pytest.raises(UserError, match=r"a\.npz' holds values from -1 to 2, .*--value_range 0,1"):
+        load_base_samples(path, (1, 2), 1, value_range=(0.0, 1.0))
+    np.savez(path, np.array([0, np.nan]).reshape(1, 1, 2, 1))
+    assert "NaN" in message(path, (1, 2), 1, value_range=(0.0, 1.0))
+    np.savez(path, np.zeros((1, 1, 2, 3)))
+    line = message(path, (1, 2), 1, value_range=(0.0, 1.0))
+    assert "values of 0,1 [N, 1, 2, 1]" in line

@@ -12,7 +12,7 @@ from launchers import TESTS, environment, start
 from toy import TimestepByImage, batches, calm, make_diffusion, make_model
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.dist_util import _first_slurm_host, _launcher, _place_from_environment
+from improved_diffusion.rendezvous import _first_slurm_host, _launcher, _place_from_environment
 from improved_diffusion.train_util import TrainLoop
 
 WORKERS = TESTS / "workers"
@@ -179,10 +179,10 @@ def test_launcher_is_told_by_its_variables(env, launcher):
 
 def test_gpu_comes_from_the_local_rank():
     env = {"SLURM_PROCID": "11", "SLURM_STEP_ID": "0", "SLURM_NTASKS": "16", "SLURM_LOCALID": "3"}
-    place = _place_from_environment("srun", env)
+    place = _place_from_environment("srun", env, 8)
     assert (place.rank, place.world_size, place.local_rank) == (11, 16, 3)
     env = {"RANK": "9", "WORLD_SIZE": "16", "LOCAL_RANK": "1"}
-    assert _place_from_environment("torchrun", env).local_rank == 1
+    assert _place_from_environment("torchrun", env, 8).local_rank == 1
 
 
 @pytest.mark.parametrize(

@@ -371,3 +371,15 @@ def test_require_at_least_accepts_the_bound_and_names_the_first_below():
     require_at_least(0, fruit, ["apples", "weight"])
     with pytest.raises(UserError, match=r"^--weight 0.0: must be at least 0.5$"):
         require_at_least(0.5, dataclasses.replace(fruit, apples=1), ["apples", "weight"])
+
+
+@pytest.mark.parametrize("value", ["-1024,3071", "-.5,2", "-1", "-1e-3", "0,1"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_values_may_begin_with_a_minus(value, joined):
+    parser = ArgumentParser()
+    parser.add_argument("--value_range", default="")
+    parser.add_argument("--width", type=int)
+    words = [f"--value_range={value}"] if joined else ["--value_range", value]
+    for order in ([*words, "--width", "-3"], ["--width", "-3", *words]):
+        args = parser.parse_args(order)
+        assert (args.value_range, args.width) == (value, -3)

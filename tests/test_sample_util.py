@@ -12,6 +12,7 @@ from toy import make_model
 
 from improved_diffusion import dist_util, sample_util
 from improved_diffusion.errors import UserError
+from improved_diffusion.pixels import normalize, read_image
 from improved_diffusion.sample_util import (
     SampleOptions,
     check_png,
@@ -20,7 +21,9 @@ from improved_diffusion.sample_util import (
     draw_samples,
     grid,
     parse_classes,
+    store_type,
     to_uint8,
+    to_values,
     write_samples,
 )
 
@@ -432,3 +435,86 @@ def test_pictures_of_many_channels_are_refused_before_sampling():
     check_png(False, 5)
     for channels in (1, 2, 3, 4):
         check_png(True, channels)
+
+
+# -- value ranges
+
+DEEP, KELVIN = (0.0, 65535.0), (200.5, 310.0)
+
+
+def test_without_a_range_values_are_levels():
+    x = torch.linspace(-1.2, 1.2, 24).view(1, 2, 3, 4)
+    assert torch.equal(to_values(x, None), to_uint8(x))
+    assert store_type(None) == np.uint8
+
+
+@pytest.mark.parametrize(
+    ("value_range", "dtype"),
+    [
+        (DEEP, "uint16"),
+        ((0, 255), "uint16"),
+        ((100.0, 4095.0), "uint16"),
+        ((-1.0, 4095.0), "float32"),
+        ((0.0, 65536.0), "float32"),
+        ((0.0, 1.5), "float32"),
+    ],
+)
+def test_whole_numbers_of_16_bits_are_stored_as_such(value_range, dtype):
+    assert store_type(value_range) == dtype
+
+
+def test_values_of_whole_numbers_are_rounded_and_clamped():
+    exact = torch.tensor([-5.0, 0, 0.4, 0.6, 1000.49, 65534.6, 65535, 70000])
+    values = to_values((exact / 65535 * 2 - 1).double().view(1, 1, 1, -1), DEEP)
+    assert values.dtype == torch.float32
+    assert values.flatten().tolist() == [0, 0, 0, 1, 1000, 65535, 65535, 65535]
+
+
+def test_every_value_of_16_bits_comes_back():
+    stored = np.arange(65536, dtype=np.uint16).reshape(1, 256, 256, 1)
+    back = to_values(normalize(torch.from_numpy(stored), DEEP), DEEP).numpy()
+    np.testing.assert_array_equal(back, stored)
+
+
+def test_floats_stay_in_their_range():
+    x = torch.tensor([-3.0, -1, 0, 0.5, 1, 3]).view(1, 1, 1, -1)
+    values = to_values(x, KELVIN).flatten().tolist()
+    assert values == pytest.approx([200.5, 200.5, 255.25, 282.625, 310, 310])
+
+
+@pytest.mark.parametrize(("channels", "kind"), [(1, "png"), (3, "npy"), (7, "npy")])
+def test_samples_of_16_bits_are_written_whole(tmp_path, channels, kind):
+    images = np.random.randint(0, 65536, (2, 8, 8, channels)).astype(np.float32)
+    check_png(True, channels, DEEP)
+    path = write_samples(str(tmp_path), images, None, save_png=True, value_range=DEEP)
+    stored, _ = samples(tmp_path)
+    assert path.endswith(f"samples_2x8x8x{channels}.npz")
+    assert stored.dtype == np.uint16
+    np.testing.assert_array_equal(stored, images)
+    assert ("grid.png" in names(tmp_path)) == (channels <= 4)
+    single = tmp_path / kind / f"000001.{kind}"
+    read = read_image(str(single), 8, channels, value_range=DEEP)
+    np.testing.assert_array_equal(read, images[1])
+
+
+def test_samples_of_floats_are_written_whole(tmp_path):
+    images = np.random.uniform(200.5, 310, (2, 8, 8, 1)).astype(np.float32)
+    labels = np.array([1, 0])
+    options = {"class_names": ["ant", "owl"], "save_png": True, "value_range": KELVIN}
+    write_samples(str(tmp_path), images, labels, **options)
+    stored, _ = samples(tmp_path)
+    assert stored.dtype == np.float32
+    np.testing.assert_array_equal(stored, images)
+    assert names(tmp_path / "npy") == ["000000_owl.npy", "000001_ant.npy"]
+
+
+def test_grid_shows_the_range_as_8_bits(tmp_path):
+    images = np.array([200.5, 255.25, 310]).reshape(3, 1, 1, 1).repeat(48, 1).repeat(48, 2)
+    write_samples(str(tmp_path), images.astype(np.float32), None, value_range=KELVIN)
+    with Image.open(tmp_path / "grid.png") as picture:
+        pixels = np.array(picture)
+    cell = 48 + GAP
+    levels = [
+        pixels[row * cell + 20, column * cell + 20] for row, column in [(0, 0), (0, 1), (1, 0)]
+    ]
+    assert levels == [0, 127, 255]

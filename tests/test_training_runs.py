@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from improved_diffusion import checkpoint, runs, training_runs
+from improved_diffusion import checkpoint, dist_util, runs, training_runs
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import make_parser
 from improved_diffusion.script_util import ModelAndDiffusionOptions
@@ -65,7 +65,13 @@ def test_loader_is_asked_for_what_the_flags_say(prepare, digits_dir, monkeypatch
     asked = {}
     monkeypatch.setattr(training_runs, "load_data", lambda **arguments: asked.update(arguments))
     flags, data = prepare(
-        seed=4, batch_size=6, image_size=(8, 12), channels=2, num_workers=3, class_cond=True
+        seed=4,
+        batch_size=6,
+        image_size=(8, 12),
+        channels=2,
+        num_workers=3,
+        class_cond=True,
+        random_flip=True,
     )
     images = asked.pop("images")
     assert images == data.training
@@ -78,8 +84,13 @@ def test_loader_is_asked_for_what_the_flags_say(prepare, digits_dir, monkeypatch
         "image_size": (8, 12),
         "class_cond": True,
         "channels": 2,
+        "value_range": None,
         "num_workers": 3,
         "seed": 4,
+        "random_flip": True,
+        "random_crop": False,
+        "device": dist_util.dev(),
+        "size_flag": "image_size",
     }
     assert asked == expected  # where to start is the loop's to say
     assert data.validation is None

@@ -1,0 +1,54 @@
+"""Make ordinary files of a checkpoint that several processes wrote in shares."""
+
+import os
+from dataclasses import dataclass
+
+from improved_diffusion import checkpoint, sharded
+from improved_diffusion.dist_util import run_main
+from improved_diffusion.errors import UserError
+from improved_diffusion.flags import ArgumentParser, make_parser, option, pick
+
+
+@dataclass(frozen=True)
+class MergeOptions:
+    """What to merge, and where the files go."""
+
+    checkpoint: str = option("", "folder shardedNNNNNN, or a run folder for its newest checkpoint")
+    out_dir: str = option("", "folder for the files, which may be new; '': beside the shares")
+
+    def __post_init__(self) -> None:
+        if not self.checkpoint:
+            raise UserError("--checkpoint is missing: name a folder shardedNNNNNN or a run folder")
+        if os.path.isfile(self.out_dir):
+            raise UserError(f"--out_dir {self.out_dir} is a file: name a folder, which may be new")
+
+
+def main() -> None:
+    options = pick(MergeOptions, vars(create_argparser().parse_args()))
+    path = find_shares(options.checkpoint.rstrip("/"))
+    out_dir = options.out_dir or os.path.dirname(path) or "."
+    os.makedirs(out_dir, exist_ok=True)
+    sharded.merge(path, out_dir, report=lambda file: print(f"wrote {file}", flush=True))
+
+
+def find_shares(path: str) -> str:
+    """The folder of shares of a whole checkpoint.
+
+    :raises ValueError: if there is none, it is damaged, or it is an ordinary one.
+    """
+    if not os.path.isdir(path):
+        raise UserError(f"--checkpoint {path} does not exist or is no folder")
+    found = checkpoint.locate(path, "checkpoint")
+    step = checkpoint.parse_resume_step_from_filename(found)
+    shares = os.path.join(os.path.dirname(found), checkpoint.sharded_name(step))
+    if not os.path.isdir(shares):
+        raise UserError(f"--checkpoint {path}: {found} is an ordinary file, nothing to merge")
+    return shares
+
+
+def create_argparser() -> ArgumentParser:
+    return make_parser("Make ordinary files of a checkpoint in shares.", MergeOptions)
+
+
+if __name__ == "__main__":
+    run_main(main)

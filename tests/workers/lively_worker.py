@@ -1,0 +1,138 @@
+"""Processes that watch each other, each doing what the first argument names: see test_liveness.
+
+The clock of the watch is faster than in earnest, unless $IN_EARNEST is set. When a process is in
+place it writes the file ready.RANK in the folder that the second argument names.
+"""
+
+import ctypes
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.utils.data import DataLoader
+
+from improved_diffusion import dist_util, heartbeat, liveness, rendezvous, stalls
+from improved_diffusion.errors import UserError
+
+FOLDER = Path(sys.argv[2])
+LONG = 300  # seconds; a process that is not ended fails its test
+
+
+def in_place(rank):
+    (FOLDER / f"ready.{rank}").write_text(str(os.getpid()))
+
+
+def in_a_collective(rank):
+    liveness.doing("saving step 500" if rank else "taking step 501")
+    dist.barrier()
+    time.sleep(3 * heartbeat.BEAT_SECONDS)  # the others have heard what this one does
+    in_place(rank)
+    dist.all_reduce(torch.zeros(1)) if rank != 1 else time.sleep(LONG)
+
+
+def apart(rank):
+    """No one waits for anyone."""
+    liveness.doing(f"working on share {rank}")
+    dist.barrier()
+    time.sleep(3 * heartbeat.BEAT_SECONDS)
+    in_place(rank)
+    time.sleep(LONG)
+
+
+class Endless(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        (FOLDER / "worker").write_text(str(os.getpid()))
+        while True:
+            yield torch.zeros(1)
+            time.sleep(0.05)
+
+
+def with_data_workers(rank):
+    for _ in DataLoader(Endless(), num_workers=1, batch_size=1):
+        if not (FOLDER / f"ready.{rank}").exists():
+            dist.barrier()
+            in_place(rank)
+
+
+def writing(rank):
+    """The first process is in the midst of a file that should be finished."""
+    dist.barrier()
+    if rank:
+        in_place(rank)
+        time.sleep(LONG)
+    with liveness.finishing():
+        in_place(rank)
+        time.sleep(5 * heartbeat.GRACE_SECONDS)
+        (FOLDER / "file").write_text("whole")
+    time.sleep(LONG)
+
+
+def holding_the_lock(rank):
+    """Longer than a beat, shorter than what counts as lost."""
+    dist.barrier()
+    if rank == int(sys.argv[3]):
+        ctypes.PyDLL(None).usleep(int(0.75e6 * heartbeat.LOST_LOOKS * heartbeat.BEAT_SECONDS))
+    dist.barrier()
+
+
+def ending_one_by_one(rank):
+    dist.barrier()
+    time.sleep(2 * (rank if sys.argv[3] == "up" else dist.get_world_size() - rank))
+
+
+def failing(rank):
+    dist.barrier()
+    if rank == int(sys.argv[3]):
+        raise UserError("--flag 3: one rank dislikes it")
+    time.sleep(LONG)
+
+
+def exiting(rank):
+    dist.barrier()
+    if rank == 1:
+        sys.exit(7)
+    time.sleep(LONG)
+
+
+def stalling(rank):
+    """The first process lists images; the others wait for it, or for what it has not begun."""
+    dist.barrier()
+    liveness.doing("listing the images of /data", starting=True)
+    dist_util.on_first_rank(lambda: time.sleep(2.5 * stalls.STALL_SECONDS))
+    dist.barrier()
+    liveness.doing("taking step 1")
+    time.sleep(2 * stalls.STALL_SECONDS)
+
+
+def too_early(rank):
+    """Ends before it meets the others: see main()."""
+
+
+KINDS = {
+    kind.__name__: kind
+    for kind in (
+        *(in_a_collective, apart, with_data_workers, writing, holding_the_lock),
+        *(ending_one_by_one, failing, exiting, stalling, too_early),
+    )
+}
+
+
+def main():
+    if not os.environ.get("IN_EARNEST"):
+        heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.25, 0.5
+        stalls.STALL_SECONDS, stalls.GIVE_UP_SECONDS = 2.0, float(os.environ.get("GIVE_UP", 60))
+        rendezvous.WORD_SECONDS = 20  # the others may need as long to import torch
+    if sys.argv[1] == "too_early" and os.environ["RANK"] == sys.argv[3]:
+        raise UserError("--flag 3: dislikes it at once")
+    dist_util.setup_dist()
+    KINDS[sys.argv[1]](dist.get_rank())
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 3 and sys.argv[3] == "bare":
+        main()
+    else:
+        dist_util.run_main(main)
