@@ -42,6 +42,7 @@ from .stopping import Bounds
 from .train_util import TrainLoop, TrainOptions, Watcher, get_blob_logdir
 from .validation import Validation, hold_out, spread_out
 from .watching import PreviewWatcher, ValidationWatcher, WatchOptions, keep_random_state
+from .webdata import ShardFormat, ShardStream, check_first, find_shards, workers_of
 
 log = logging.getLogger(__name__)
 
@@ -66,7 +67,7 @@ TRAINING_OPTIONS = (
 class TrainingData:
     """The images of a run: an endless stream to train on, and those to look at on the way."""
 
-    stream: ImageStream
+    stream: ImageStream | ShardStream
     training: ImageList
     validation: ImageList | None
     size_flag: str
@@ -93,13 +94,23 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
     train, source, watch = (pick(o, flags) for o in (TrainOptions, DataOptions, WatchOptions))
     value_range = parse_value_range(flags["value_range"])
     liveness.doing(f"listing the images of {source.data_dir}", starting=True)
-    images = list_images(
-        source.data_dir, flags["class_cond"], source.labels_from, value_range=value_range
-    )
-    if value_range is not None and images.packed is None:
-        check_files(images.paths, flags["channels"], value_range)
-    flags = _with_classes(flags, images)
+    shards = find_shards(source.data_dir)
+    if shards:
+        images = ImageList([])  # they are not counted
+        flags = _with_numbered_classes(flags)
+    else:
+        images = list_images(
+            source.data_dir, flags["class_cond"], source.labels_from, value_range=value_range
+        )
+        if value_range is not None and images.packed is None:
+            check_files(images.paths, flags["channels"], value_range)
+        flags = _with_classes(flags, images)
     training, validation = images, None
+    if watch.val_fraction and shards:
+        raise UserError(
+            f"--val_fraction {watch.val_fraction}: tar shards cannot be split: put images for "
+            "validation into a folder and give --val_data_dir"
+        )
     if watch.val_fraction:
         training, validation = hold_out(images, watch.val_fraction)
     elif watch.val_data_dir:
@@ -119,21 +130,25 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
             size_flag=size_flag,
         )
     augment = pick(AugmentOptions, flags)
-    stream = load_data(
-        data_dir=source.data_dir,
-        batch_size=train.batch_size,
-        image_size=flags[size_flag],
-        class_cond=flags["class_cond"],
-        images=training,
-        channels=flags["channels"],
-        num_workers=source.num_workers,
-        seed=flags["seed"],
-        value_range=value_range,
-        random_flip=augment.random_flip,
-        random_crop=augment.random_crop,
-        device=dist_util.dev(),
-        size_flag=size_flag,
-    )
+    stream: ImageStream | ShardStream
+    if shards:
+        stream = _open_shards(shards, flags, size_flag)
+    else:
+        stream = load_data(
+            data_dir=source.data_dir,
+            batch_size=train.batch_size,
+            image_size=flags[size_flag],
+            class_cond=flags["class_cond"],
+            images=training,
+            channels=flags["channels"],
+            num_workers=source.num_workers,
+            seed=flags["seed"],
+            value_range=value_range,
+            random_flip=augment.random_flip,
+            random_crop=augment.random_crop,
+            device=dist_util.dev(),
+            size_flag=size_flag,
+        )
     check_precision(pick(OptimizationOptions, flags), train.use_fp16, dist_util.dev())
     total = pick(Bounds, flags).total_steps(
         train.lr_anneal_steps, train.batch_size * dist_util.get_world_size()
@@ -142,6 +157,47 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
     liveness.doing("making the network", starting=True)
     seed_everything(flags["seed"], "initial weights")
     return flags, TrainingData(stream, training, validation, size_flag)
+
+
+def _with_numbered_classes(flags: Flags) -> Flags:
+    """The class names of tar shards: numbers, unless the run to go on from knows better."""
+    if not flags["class_cond"]:
+        return flags
+    if not flags["num_classes"]:
+        raise UserError(
+            "--class_cond True: the classes in tar shards are not counted: give --num_classes"
+        )
+    known = flags.get("class_names") or [str(i) for i in range(flags["num_classes"])]
+    return {**flags, "class_names": known}
+
+
+def _open_shards(shards: list[str], flags: Flags, size_flag: str) -> ShardStream:
+    """The stream of a run on tar shards, of which the first image is checked."""
+    source, augment = pick(DataOptions, flags), pick(AugmentOptions, flags)
+    workers = workers_of(len(shards), source.num_workers)
+    if workers < source.num_workers:
+        log.warning(
+            f"--num_workers {source.num_workers}: {len(shards)} tar shards are enough for "
+            f"{workers} in each process; more shards let more workers read"
+        )
+    form = ShardFormat(
+        flags[size_flag],
+        flags["channels"],
+        parse_value_range(flags["value_range"]),
+        tuple(flags["class_names"]) if flags["class_cond"] else (),
+        source.labels_from,
+    )
+    form = dataclasses.replace(form, like=check_first(shards[0], form))
+    return ShardStream(
+        shards,
+        form,
+        flags["batch_size"],
+        flags["seed"],
+        workers,
+        dist_util.dev(),
+        flip=augment.random_flip,
+        crop=augment.random_crop,
+    )
 
 
 def _spread(flags: Flags, given: set[str]) -> Flags:
@@ -217,6 +273,7 @@ def _tell_changes(flags: Flags, stored: Flags) -> None:
     """Say which flags of training differ from those of the last sitting."""
     names = {field.name for cls in TRAINING_OPTIONS for field in dataclasses.fields(cls)}
     names = (names | {"seed"}) - {"resume_checkpoint"}
+    names -= {"batch_size"} if flags["global_batch"] else set()
     changed = [
         f"--{name} {flags[name]} (was {stored[name]})"
         for name in sorted(names & stored.keys())
@@ -256,6 +313,17 @@ def train(
     flags: Flags,
 ) -> None:
     """Open the run folder and train in it."""
+    make_loop(model, diffusion, data, flags).run_loop()
+    logger.log(f"training complete; checkpoints are in {get_blob_logdir()}")
+
+
+def make_loop(
+    model: nn.Module,
+    diffusion: GaussianDiffusion,
+    data: TrainingData,
+    flags: Flags,
+) -> TrainLoop:
+    """Open the run folder and make what trains in it, ready for its first step."""
     liveness.doing("making the training loop", starting=True)
     options = pick(TrainOptions, flags)
     if options.resume_checkpoint:  # fails before anything is written
@@ -284,8 +352,7 @@ def train(
     store_flags(get_blob_logdir(), {**flags, "resume_checkpoint": ""}, checkpoint.CONFIG)
     announce(flags)
     _describe(loop, data, flags)
-    loop.run_loop()
-    logger.log(f"training complete; checkpoints are in {get_blob_logdir()}")
+    return loop
 
 
 def _check_fit(model: nn.Module, path: str) -> None:
@@ -303,10 +370,10 @@ def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
     classes = f", {len(flags['class_names'])} classes" if flags["class_cond"] else ""
     held_out = f", {len(data.validation.paths):,} for validation" if data.validation else ""
     precision = flags["precision"] or ("fp16" if flags["use_fp16"] else "fp32")
-    logger.log(
-        f"{parameters:,} parameters in {precision}, {len(data.training.paths):,} images{classes}"
-        f"{held_out}"
-    )
+    images = f"{len(data.training.paths):,} images"
+    if isinstance(data.stream, ShardStream):
+        images = f"the images of {len(data.stream.shards):,} tar shards"
+    logger.log(f"{parameters:,} parameters in {precision}, {images}{classes}{held_out}")
     world, parts = dist_util.get_world_size(), -(-loop.batch_size // loop.microbatch)
     last = f" (the last: {loop.batch_size % loop.microbatch})"
     logger.log(
@@ -342,8 +409,13 @@ def _watchers(diffusion: GaussianDiffusion, data: TrainingData, flags: Flags) ->
         if flags.get("value_range"):
             logger.log(f"val_bpd is in {bits_of_a_range(flags['value_range'])}")
     if watch.sample_interval:
-        reference = load(spread_out(data.training, REFERENCE_IMAGES), whole=True)
-        shown = load(spread_out(data.training, PREVIEW_IMAGES), whole=True)
+        if isinstance(data.stream, ShardStream):
+            reference, shown = (
+                _load_first(data.stream, count) for count in (REFERENCE_IMAGES, PREVIEW_IMAGES)
+            )
+        else:
+            reference = load(spread_out(data.training, REFERENCE_IMAGES), whole=True)
+            shown = load(spread_out(data.training, PREVIEW_IMAGES), whole=True)
         previews = _previews(reference, shown, flags)
         watchers.append(PreviewWatcher(previews, watch.sample_interval))
     return watchers
@@ -357,31 +429,31 @@ def _load_fixed(
 ) -> list[FixedBatch]:
     """This process's share of fixed images, as batches with the images' indices.
 
+    In place of an empty share comes an image without an index.
+
     :param whole: all images on every process.
     """
     size, channels = flags[data.size_flag], flags["channels"]
     value_range = parse_value_range(flags.get("value_range", ""))
     with keep_random_state():
+        how = {"channels": channels, "value_range": value_range}
         if whole:
-            dataset = open_dataset(images, size, channels=channels, value_range=value_range)
-            loaded = [load_all(dataset)]
+            loaded = [load_all(open_dataset(images, size, **how))]
         else:
-            loaded = list(
-                load_once(
-                    images,
-                    len(images.paths),
-                    flags["batch_size"],
-                    size,
-                    channels=channels,
-                    num_workers=0,
-                    value_range=value_range,
-                )
-            )
+            count, batch_size = len(images.paths), flags["batch_size"]
+            loaded = list(load_once(images, count, batch_size, size, num_workers=0, **how))
+            if any(not indices for _, _, indices in loaded):
+                first, cond, _ = load_all(open_dataset(spread_out(images, 1), size, **how))
+                loaded = [entry if entry[2] else (first, cond, []) for entry in loaded]
         change = data.stream.transform
-        return [
-            (*(change((batch, cond)) if indices else (batch, cond)), indices)
-            for batch, cond, indices in loaded
-        ]
+        return [(*change((batch, cond)), indices) for batch, cond, indices in loaded]
+
+
+def _load_first(stream: ShardStream, count: int) -> list[FixedBatch]:
+    """The first images of tar shards, on every process."""
+    with keep_random_state():
+        batch, indices = stream.first(count)
+        return [(*stream.transform(batch), indices)]
 
 
 def _previews(reference: list[FixedBatch], shown: list[FixedBatch], flags: Flags) -> Previews:

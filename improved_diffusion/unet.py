@@ -206,11 +206,10 @@ class AttentionBlock(nn.Module):
 
     def _forward(self, x: Tensor) -> Tensor:
         n, c = x.shape[:2]
-        flat = x.reshape(n, c, -1)  # [N, C, L]
-        qkv = self.qkv(self.norm(flat))  # [N, 3 C, L]
+        qkv = self.qkv(self.norm(x.reshape(n, c, -1)))  # [N, 3 C, L]
         qkv = qkv.reshape(n * self.num_heads, -1, qkv.shape[2])  # [N heads, 3 C / heads, L]
         h = self.attention(qkv).reshape(n, c, -1)  # [N, C, L]
-        return (flat + self.proj_out(h)).reshape(x.shape)
+        return x + self.proj_out(h).reshape(x.shape)  # no view: blocks may be sharded
 
 
 def _check_heads(flag: str, num_heads: int, channels: int) -> None:

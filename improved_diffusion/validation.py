@@ -48,7 +48,8 @@ class Validation:
     :param diffusion: gives losses and terms of the bound.
     :param batches: starts a pass over this process's share of the images; see
         :func:`.load_once`: (float [N, C, ...] in [-1, 1], arguments of the model [N, ...], indices
-        of the images among those of all processes).
+        of the images among those of all processes; none for a single image that does not count, as
+        processes that share a model must compute equally often).
     :param num_images: n, of all processes together; indices are below it.
     """
 
@@ -77,9 +78,10 @@ class Validation:
         sums = torch.zeros(5, 2, dtype=torch.float64, device=device)
         with evaluating(model):
             for images, cond, indices in self.batches():
-                if indices:
+                if len(images):
                     kwargs = {key: value.to(device) for key, value in cond.items()}
-                    self._add(sums, model, images.to(device), kwargs, indices)
+                    counted = sums if indices else torch.zeros_like(sums)
+                    self._add(counted, model, images.to(device), kwargs, indices or [0])
         if dist_util.get_world_size() > 1:
             dist.all_reduce(sums)
         *quarters, (bound, count) = sums.tolist()
