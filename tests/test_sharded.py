@@ -268,15 +268,20 @@ def merge(cwd, **flags):
     )
 
 
+def last_of(key, run):
+    """The last value of a column of a run's log."""
+    rows = map(json.loads, (run / "progress.json").read_text().splitlines())
+    return [row[key] for row in rows if key in row][-1]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["torchrun", "mpiexec"])
-def test_shared_training_stops_goes_on_and_samples(tmp_path, digits_dir, launcher, monkeypatch):
+def test_shared_training_stops_goes_on_and_samples(tmp_path, digits_dir, monkeypatch):
     flags = {**FLAGS, **CHECKS, "data_dir": digits_dir}
     monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")  # stop after the save of step 4
-    succeed(launch(launcher, flags, cwd=tmp_path, parallel="fsdp"))
+    succeed(launch("torchrun", flags, cwd=tmp_path, parallel="fsdp"))
     assert (tmp_path / "run" / "sharded000004").is_dir()
     monkeypatch.delenv("DIFFUSION_TRAINING_TEST")
-    done = succeed(launch(launcher, flags, cwd=tmp_path, parallel="fsdp"))
+    done = succeed(launch("torchrun", flags, cwd=tmp_path, parallel="fsdp"))
     assert "each process holds 1/2 of weights" in done.stdout
     assert done.stdout.count("restored from run") + done.stdout.count("restored from /") == 4
     succeed(launch("single", flags, cwd=tmp_path, log_dir="alone", processes=1))
@@ -285,11 +290,8 @@ def test_shared_training_stops_goes_on_and_samples(tmp_path, digits_dir, launche
     for name in ("model000012.pt", "ema_0.9_000012.pt"):
         ours, theirs = (torch.load(tmp_path / run / name) for run in ("run", "alone"))
         assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) < 1e-5, name
-    rows = [
-        json.loads((tmp_path / run / "progress.json").read_text().splitlines()[-1])
-        for run in ("run", "alone")
-    ]
-    assert rows[0]["val_ema_bpd"] == pytest.approx(rows[1]["val_ema_bpd"], rel=1e-4)
+    bounds = [last_of("val_ema_bpd", tmp_path / run) for run in ("run", "alone")]
+    assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)
     assert (tmp_path / "run" / "preview_000006.png").exists()
     sample = {"num_samples": 2, "use_ddim": True, "timestep_respacing": "ddim3"}
     made = start_script(
