@@ -257,13 +257,16 @@ def run_main(main: Callable[[], None]) -> None:
         code = stop.exit_code
     except KeyboardInterrupt:
         say("interrupted")
-        _take_down(130, "interrupted")
+        _leave_word("interrupted")
+        _take_down(130)
     except SystemExit as ending:  # of argparse, among others
         if ending.code not in (None, 0):
             _leave_word(f"exit code {ending.code}: what it printed says why")
         raise
     except Exception as error:
-        _take_down(*_report(error))
+        code, word = _report(error)
+        _leave_word(word)
+        _take_down(code)
     _leave()
     if code:
         sys.exit(code)
@@ -331,19 +334,16 @@ def _leave_word(word: str) -> None:
 
 
 def _end(line: str) -> None:
-    """End this process from the thread that watches."""
+    """End this process from a thread, as the main one may wait where nothing can interrupt it."""
     say(f"error: {line}")
-    _take_down(2, f"error: {line}")
+    liveness.leave(f"error: {line}")
+    _take_down(2)
 
 
-def _take_down(code: int, word: str) -> None:
-    """Exit so that the launcher, or the other processes' watches, end the others too.
-
-    :param word: why, for those who do not know yet.
-    """
+def _take_down(code: int) -> None:
+    """Exit so that the launcher ends the other processes too; their watches know already."""
     sys.stdout.flush()
     sys.stderr.flush()
-    _leave_word(word)
     mpi = _running_mpi()
     alone = get_world_size() == 1 and (mpi is None or mpi.COMM_WORLD.Get_size() == 1)
     if alone and threading.current_thread() is threading.main_thread():

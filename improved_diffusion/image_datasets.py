@@ -39,7 +39,7 @@ class DataOptions:
     data_dir: str = option(
         "",
         "folder of images, searched recursively, any path blobfile reads; or a packed set, as "
-        "datasets/pack.py writes it",
+        "datasets/pack.py writes it; or, for training, tar shards such as 'shards/{000..010}.tar'",
     )
     num_workers: int = option(1, "processes that read images; 0 reads in the training process")
     labels_from: str = option(
@@ -113,7 +113,8 @@ def list_images(
 
     def find() -> tuple[list[str], PackedSet | None]:
         if not data_dir or not bf.isdir(data_dir):
-            raise UserError(f"--{flag} '{data_dir}' is no folder")
+            only = ": tar shards are for training alone" if data_dir.endswith(".tar") else ""
+            raise UserError(f"--{flag} '{data_dir}' is no folder{only}")
         if packed.is_packed(data_dir):
             found = packed.open_packed(data_dir)
             return found.names(), found
@@ -457,9 +458,7 @@ def _load_shares(
             yield nothing, {}, share
 
 
-def load_pixels(
-    dataset: ImageDataset, batch_size: int, num_workers: int
-) -> Iterator[np.ndarray]:
+def load_pixels(dataset: ImageDataset, batch_size: int, num_workers: int) -> Iterator[np.ndarray]:
     """The pixels of all images as they are stored, in order, as [N, H, W, C]."""
     for pixels, _ in raw_batches(dataset, in_order(len(dataset), batch_size), num_workers):
         yield pixels.numpy()

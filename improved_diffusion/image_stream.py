@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import os
@@ -185,8 +186,7 @@ def raw_batches(
     :return: pairs of [N, H, W, C] as stored and labels, in pinned memory if there is a GPU.
     :raises ValueError: naming the file, for one that is no image, whoever reads it.
     """
-    with warnings.catch_warnings():  # torch's own words about many workers; see below
-        warnings.filterwarnings("ignore", "This DataLoader will create")
+    with _own_warning(num_workers):
         loader: DataLoader = DataLoader(
             RawBatches(images, augmentation),
             batch_sampler=places,
@@ -196,8 +196,16 @@ def raw_batches(
             pin_memory=torch.cuda.is_available(),
             worker_init_fn=worker_init,
         )
-    _warn_of_workers(num_workers)
-    batches = iter(loader)
+    yield from read_all(loader)
+
+
+def read_all(loader: DataLoader) -> Generator[Batch, None, None]:
+    """The batches of a loader, whose workers end with them or when the generator is closed.
+
+    :raises ValueError: with one line, whoever reads: in this process or in a worker.
+    """
+    with _own_warning(loader.num_workers):
+        batches = iter(loader)
     try:
         yield from batches
     except UserError as error:
@@ -209,13 +217,22 @@ def raw_batches(
             batches._shutdown_workers()  # type: ignore[attr-defined]
 
 
+@contextlib.contextmanager
+def _own_warning(num_workers: int) -> Iterator[None]:
+    """Say in a line of ours, and once, what torch says in three of more workers than CPUs."""
+    _warn_of_workers(num_workers)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        yield
+
+
 @functools.lru_cache  # once in each process
 def _warn_of_workers(num_workers: int) -> None:
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     if cpus and num_workers > cpus:
         log.warning(
-            f"--num_workers {num_workers}: the process has {cpus} CPUs; more workers than these "
-            "only take memory, unless the files come from a slow disk"
+            f"--num_workers {num_workers}: the process has {cpus} CPU{'s' * (cpus > 1)}; more "
+            "workers than that only take memory, unless the files come from a slow disk"
         )
 
 

@@ -40,7 +40,7 @@ def read_image(
     *,
     value_range: ValueRange | None = None,
     crop: np.random.Generator | None = None,
-    like: str | None = None,
+    like: str | tuple[str, int] | None = None,
 ) -> np.ndarray:
     """Read a file, resize it so that it covers the target, and cut out the centre.
 
@@ -53,7 +53,8 @@ def read_image(
     :param value_range: LOW, HIGH of data that is more than an 8-bit picture; it is read as it is.
     :param crop: cut out a random place instead, of an image whose short side is longer than the
         target's by a random factor of up to 1 / 0.8; see :func:`_random_cover`.
-    :param like: another file of the data, for the error about a file whose channels differ.
+    :param like: another file of the data, for the error about a file whose channels differ; or
+        its name and channels.
     :return: [H, W, C]: uint8; with a value range uint16 for integers without sign of up to 16
         bits, float32 for all others.
     :raises ValueError: naming the file, if it is no image, or does not fit the range or the
@@ -82,7 +83,7 @@ def decode_image(
     *,
     value_range: ValueRange | None = None,
     crop: np.random.Generator | None = None,
-    like: str | None = None,
+    like: str | tuple[str, int] | None = None,
 ) -> np.ndarray:
     """The same as :func:`read_image` for the contents of a file.
 
@@ -293,7 +294,11 @@ def check_files(paths: Sequence[str], channels: int, value_range: ValueRange) ->
 
 
 def _own_values(
-    data: bytes, name: str, channels: int, value_range: ValueRange, like: str | None
+    data: bytes,
+    name: str,
+    channels: int,
+    value_range: ValueRange,
+    like: str | tuple[str, int] | None,
 ) -> np.ndarray:
     """The values of a file, of which range and channels are checked."""
     values = decode_values(data, name)
@@ -319,15 +324,15 @@ def _extra(library: str, name: str, what: str) -> Any:
         ) from None
 
 
-def _wrong_channels(path: str, found: int, like: str | None) -> UserError:
+def _wrong_channels(path: str, found: int, like: str | tuple[str, int] | None) -> UserError:
     """The error about a file with other channels than wanted: is it the file, or the flag?"""
-    if like and like != path:
-        others = decode_values(_read_bytes(like), like).shape[2]
-        if others != found:
-            return UserError(
-                f"'{path}' has {found} channel{'s' * (found > 1)}, but '{like}' has {others}: all "
-                "files must have the same"
-            )
+    if isinstance(like, str) and like != path:
+        like = like, decode_values(_read_bytes(like), like).shape[2]
+    if isinstance(like, tuple) and like[1] != found:
+        return UserError(
+            f"'{path}' has {found} channel{'s' * (found > 1)}, but '{like[0]}' has {like[1]}: all "
+            "files must have the same"
+        )
     return UserError(f"'{path}' has {found} channel{'s' * (found > 1)}: give --channels {found}")
 
 

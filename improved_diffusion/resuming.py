@@ -15,6 +15,7 @@ from . import checkpoint, dist_util, logger, parallel, sharded, state_dicts
 from .errors import UserError
 from .image_datasets import Seekable
 from .resample import LossAwareSampler
+from .webdata import Reshuffled
 
 if TYPE_CHECKING:
     from .train_util import TrainLoop
@@ -159,6 +160,12 @@ def _load_state(loop: TrainLoop, beside: str) -> None:
     if isinstance(loop.data, Seekable):
         loop.data.seek(loop.images)
         logger.log(f"resume: data restored, goes on after {loop.images:,} images")
+    elif isinstance(loop.data, Reshuffled):
+        loop.data.reshuffle(loop.images)
+        logger.log(
+            f"resume: data reshuffled after {loop.images:,} images: tar shards cannot go on from "
+            "a position"
+        )
     else:
         logger.log("resume: data cold, as it comes: an iterator without seek(images)")
 

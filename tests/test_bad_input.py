@@ -8,8 +8,19 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from launchers import ends, start_by_hand
 from PIL import Image
-from script_runner import TINY, TINY_SUPER_RES, error_of, start_script, succeed, tree
+from script_runner import (
+    TINY,
+    TINY_SUPER_RES,
+    command_line,
+    error_of,
+    script_environment,
+    script_path,
+    start_script,
+    succeed,
+    tree,
+)
 
 
 class RunsCode:
@@ -552,3 +563,57 @@ def test_a_failed_start_from_elsewhere_makes_no_run(tmp_path, trained, digits_di
     line = error_of(run_script("image_train", flags, cwd=tmp_path))
     assert_names(line, "lone.pt", "--num_channels 64")
     assert not (tmp_path / "run").exists()
+
+
+# -- several processes ------------------------------------------------------------------------
+
+
+def train_by_hand(cwd, digits_dir, *own):
+    """image_train.py on a process for each of ``own``, which are flags of its own."""
+    words = command_line(TINY, {"data_dir": digits_dir, "train_steps": 1, "log_dir": "run"})
+    ranks = [(rank, command_line(flags)) for rank, flags in enumerate(own)]
+    script, env = script_path("image_train"), script_environment()
+    started = start_by_hand(
+        script, *words, ranks=ranks, processes=len(own), cwd=cwd, env={**env, "PYTHONPATH": ""}
+    )
+    return ends(started, timeout=90)
+
+
+@pytest.mark.parametrize(
+    ("own", "line"),
+    [
+        (
+            [{"lr": 0.2, "seed": 1}, {"lr": 0.1}],
+            "process 1 was started with --lr 0.1 --seed 0, process 0 with --lr 0.2 --seed 1: give "
+            "all the same flags",
+        ),
+        pytest.param(
+            [{}, {}, {"log_dir": "elsewhere"}],
+            "process 2 was started with --log_dir elsewhere, process 0 with --log_dir run: give "
+            "all the same flags",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_a_process_with_other_flags_ends_all_with_one_line(tmp_path, digits_dir, own, line):
+    for done in train_by_hand(tmp_path, digits_dir, *own):
+        assert error_of(done) == line
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("wrong", "line", "word"),
+    [
+        ({"lr": -1}, "--lr -1.0: must be above 0", "error: --lr -1.0: must be above 0"),
+        ({"lrr": 1}, "unrecognized arguments: --lrr 1 (did you mean --lr?)", "exit code 2"),
+    ],
+)
+def test_a_process_with_a_wrong_flag_ends_all_with_one_line(
+    tmp_path, digits_dir, wrong, line, word
+):
+    first, second = train_by_hand(tmp_path, digits_dir, {}, wrong)
+    assert error_of(second) == line
+    assert f") ended with: {word}" in error_of(first)
+    assert error_of(first).startswith("process 1 of 2 (host ")
+    assert not list(tmp_path.iterdir())

@@ -4,10 +4,11 @@ import os
 import re
 import runpy
 import subprocess
+import sys
 
 import pytest
-from launchers import environment
-from script_runner import ROOT, TINY, succeed
+from launchers import SCRIPTS, TESTS, environment, mpiexec
+from script_runner import ROOT, TINY, command_line, script_environment, succeed
 
 BATCH_SCRIPT = ROOT / "slurm" / "train.sbatch"
 FLAGS = ["--data_dir", "my images", "--log_dir", "runs/big"]
@@ -15,6 +16,7 @@ TEXTS = ["README.md", "docs/clusters.md", "docs/training.md", "slurm/train.sbatc
 # of torchrun, srun, sbatch and the like, which begin with two dashes as well
 OF_LAUNCHERS = {
     *("nproc_per_node", "nnodes", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "max_restarts"),
+    *("local_addr", "rdzv_conf"),
     *("shutdown-timeout", "signals-to-handle", "hostfile"),
     *("kill-on-bad-exit", "wait", "ntasks-per-node", "gpus-per-node", "cpus-per-task", "nodes"),
     *("time", "requeue", "open-mode", "output", "signal", "job-name"),
@@ -92,7 +94,8 @@ def test_the_tasks_get_the_signal_that_training_knows():
     assert text.rindex("#SBATCH") < first_command  # Slurm ignores those after it
 
 
-def test_flags_in_texts_exist():
+def test_flags_in_texts_exist(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "scripts")  # where a script finds another
     known = set()
     for script in (ROOT / "scripts").glob("*.py"):
         parser = runpy.run_path(str(script))["create_argparser"]()
@@ -138,3 +141,64 @@ def test_columns_are_explained(tmp_path, digits_dir, run_script):
         assert alike in explained, column
     assert "val_ema_bpd" in header
     assert "preview_std_c0" in header
+
+
+# -- the commands of docs/clusters.md ---------------------------------------------------------
+
+
+def documented_commands():
+    """Every command of the document, a backslash at a line's end joined."""
+    text = (ROOT / "docs" / "clusters.md").read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```sh\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+    return [" ".join(line.split()) for block in blocks for line in block.splitlines()]
+
+
+@pytest.fixture
+def cluster(tmp_path, digits_dir):
+    """A folder like the repository's root, images in it, and Slurm's commands in $PATH."""
+    commands = tmp_path / "bin"
+    commands.mkdir()
+    for name, text in {
+        "srun": f'exec {sys.executable} {TESTS / "workers" / "fake_srun.py"} "$@"',
+        "scontrol": "true",
+        "sbatch": 'while [ "${1#-}" != "$1" ]; do shift 2; done\nexec bash "$@"',
+    }.items():
+        (commands / name).write_text(f"#!/bin/sh\n{text}\n")
+        (commands / name).chmod(0o755)
+    for name in ("scripts", "slurm"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "images").symlink_to(digits_dir)
+    (tmp_path / "hosts").write_text("localhost:2\n")
+    return tmp_path
+
+
+def made_small(command, number):
+    """A command for two processes and a tiny model; each of them trains two steps more."""
+    sizes = r"(--nproc_per_node|--nnodes|-n) \d+"
+    command = re.sub(sizes, lambda m: f"{m[1]} {1 if m[1] == '--nnodes' else 2}", command)
+    command = command.replace("HOST:", "localhost:").replace("model200000", "model000002")
+    command = re.sub("--train_steps \\d+ ", "", command)
+    more = command_line(TINY, {"save_interval": 2, "ema_rate": 0.9, "train_steps": 2 * number})
+    return command.replace("...", " ".join(more))
+
+
+@pytest.mark.slow
+def test_commands_of_the_document_work_one_after_the_other(cluster):
+    mpiexec()  # skips where there is none
+    path = os.pathsep.join([str(cluster / "bin"), SCRIPTS, os.environ["PATH"]])
+    env = script_environment({"PATH": path, "SLURM_JOB_ID": "123"})
+    commands = documented_commands()
+    assert len(commands) == 8
+    for number, command in enumerate(commands, 1):
+        done = subprocess.run(
+            ["bash", "-c", made_small(command, number)],
+            cwd=cluster,
+            env=env,
+            capture_output=True,
+            text=True,
+            timeout=180,
+        )
+        assert done.returncode == 0, (command, done.stdout, done.stderr)
+        alone = command.startswith("python")
+        assert f"{1 if alone else 2} process" in done.stdout, (command, done.stdout)
+        assert (cluster / "runs" / "big" / f"checkpoint{2 * number:06d}.json").exists(), command

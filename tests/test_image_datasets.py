@@ -4,6 +4,7 @@ import gc
 import itertools
 import logging
 import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from golden_data import GOLDEN, load_json, npz
 from launchers import environment
 from PIL import Image
 
-from improved_diffusion import dist_util
+from improved_diffusion import dist_util, image_stream
 from improved_diffusion import pixels as pixels_module
 from improved_diffusion.errors import UserError
 from improved_diffusion.image_datasets import (
@@ -27,7 +28,9 @@ from improved_diffusion.image_datasets import (
     list_images,
     load_data,
     load_once,
+    open_dataset,
 )
+from improved_diffusion.image_stream import raw_batches
 from improved_diffusion.pixels import read_image
 
 IMAGES = GOLDEN / "images"
@@ -770,6 +773,59 @@ def test_readers_outlive_signals_but_not_the_run(numbered, tmp_path, how, code):
     )
     assert done.returncode == code, done.stderr
     assert (done.stdout == "done\n") == (code == 0)
+
+
+# -- what crosses from the workers to the training process
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_workers_send_bytes(numbered, num_workers):
+    dataset = open_dataset(numbered[0], 4, channels=1)
+    ((pixels, cond),) = raw_batches(dataset, [[(3, 0), (1, 0)]], num_workers)
+    assert (pixels.dtype, pixels.shape) == (torch.uint8, (2, 4, 4, 1))
+    assert pixels[:, 0, 0, 0].tolist() == [numbered[1][3], numbered[1][1]]
+    assert cond["y"].tolist() == [numbered[0].classes[3], numbered[0].classes[1]]
+
+
+@pytest.mark.parametrize("device", [None, "cpu", torch.device("cpu")])
+def test_batches_are_normalised_as_ever_to_the_bit(device):
+    """By the same operations in the same order as in the first release."""
+    flags = {"batch_size": 6, "image_size": (8, 12), "deterministic": True, "num_workers": 0}
+    batch, _ = next(load_data(data_dir=str(IMAGES), device=device, **flags))
+    pixels = [read_image(path, (8, 12)) for path in list_images(str(IMAGES)).paths]
+    expected = np.stack([p.astype(np.float32) / 127.5 - 1 for p in pixels]).transpose(0, 3, 1, 2)
+    assert batch.is_contiguous()
+    assert batch.numpy().tobytes() == np.ascontiguousarray(expected).tobytes()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_batches_are_normalised_on_the_device_to_the_bit():
+    flags = {"batch_size": 6, "image_size": (8, 12), "deterministic": True, "class_cond": True}
+    ours, cond = next(load_data(data_dir=str(IMAGES), device="cuda", **flags))
+    theirs, expected = next(load_data(data_dir=str(IMAGES), **flags))
+    assert ours.device.type == cond["y"].device.type == "cuda"
+    assert torch.equal(ours.cpu(), theirs)
+    assert torch.equal(cond["y"].cpu(), expected["y"])
+
+
+def test_more_workers_than_cpus_are_warned_of_in_one_line(numbered, caplog, monkeypatch, recwarn):
+    image_stream._warn_of_workers.cache_clear()
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0})
+    with caplog.at_level(logging.WARNING, logger="improved_diffusion"):
+        for num_workers in (1, 2, 2):
+            next(make_stream(numbered[0], num_workers=num_workers))
+    (record,) = caplog.records
+    assert record.getMessage().startswith("--num_workers 2: the process has 1 CPU")
+    assert not recwarn.list
+
+
+def test_a_plain_loader_of_the_data_set_gives_its_items(numbered):
+    """Research code wraps it in a DataLoader of its own."""
+    dataset = ImageDataset(4, numbered[0].paths, numbered[0].classes, channels=1)
+    batch, cond = next(iter(torch.utils.data.DataLoader(dataset, batch_size=5)))
+    assert (batch.dtype, batch.shape) == (torch.float32, (5, 1, 4, 4))
+    assert levels(batch)[:, 0, 0, 0].tolist() == numbered[1][:5]
+    assert cond["y"].tolist() == numbered[0].classes[:5]
 
 
 # -- each image once

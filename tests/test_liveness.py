@@ -1,5 +1,6 @@
 """Real processes that die, stop or stall; sockets and threads of the watch inside this one."""
 
+import contextlib
 import os
 import re
 import signal
@@ -89,6 +90,7 @@ def test_a_lost_process_takes_the_others_down_and_is_named(tmp_path, rank, how, 
         assert_named(done, Lost(rank, started[rank]), f"{sign}, last seen {doing}")
 
 
+@pytest.mark.slow
 def test_processes_of_data_workers_do_not_hold_the_connection(tmp_path):
     started = begin("with_data_workers", tmp_path, processes=2)
     os.kill(int((tmp_path / "worker").read_text()), 0)  # there is one
@@ -103,6 +105,7 @@ def test_a_file_that_is_being_written_is_finished(tmp_path):
     assert (tmp_path / "file").read_text() == "whole"
 
 
+@pytest.mark.slow
 def test_suspending_and_resuming_all_harms_nothing(tmp_path):
     started = begin("apart", tmp_path)
     for process in started:
@@ -116,7 +119,8 @@ def test_suspending_and_resuming_all_harms_nothing(tmp_path):
         assert_named(done, Lost(2, started[2]), "ended without a word, last seen working on.*")
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_holds_the_interpreter_is_not_lost(tmp_path, rank):
     for done in ends(start_by_hand(WORKER, "holding_the_lock", tmp_path, rank)):
         assert (done.returncode, done.stderr) == (0, "")
@@ -156,7 +160,8 @@ def test_a_script_that_exits_on_one_process_takes_the_others_down(tmp_path, how)
     assert how == "bare" or "ended with: exit code 7" in first.stderr
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_who_fails_before_the_meeting_is_not_waited_for(tmp_path, rank):
     started = start_by_hand(WORKER, "too_early", tmp_path, rank)
     dones = ends(started)
@@ -177,28 +182,28 @@ def test_a_start_that_stalls_says_who_does_what(tmp_path):
 
 
 def test_missing_processes_are_named_again_and_again_and_then_given_up(tmp_path):
-    env = environment(GIVE_UP="6")
+    env = environment(GIVE_UP="3")
     started = start_by_hand(WORKER, "apart", tmp_path, ranks=[0, 2], processes=4, env=env)
     first, other = ends(started)
     waits = r"process 0 of 4 \(host .*\) has waited {} s for processes 1, 3, not joined yet"
     *told, last = first.stderr.splitlines()
-    for line, seconds in zip(told[-2:], (2, 4), strict=True):
+    for line, seconds in zip(told, (1, 2), strict=True):
         assert re.fullmatch(r"process 0 of 4 .* has waited \d s for processes? [1-3, -]+.*", line)
         assert f"waited {seconds} s" in line
-    assert re.fullmatch("error: " + waits.format(6) + ": it gives up", last), last
+    assert re.fullmatch("error: " + waits.format(3) + ": it gives up", last), last
     assert first.returncode == other.returncode == 2
     assert "ended with: error: process 0 of 4" in other.stderr
 
 
 def test_a_first_process_that_does_not_come_is_waited_for_with_its_address(tmp_path):
     (started,) = start_by_hand(
-        WORKER, "apart", tmp_path, ranks=[1], port=1, env=environment(GIVE_UP="4")
+        WORKER, "apart", tmp_path, ranks=[1], port=1, env=environment(GIVE_UP="2")
     )
     (done,) = ends([started])
     name = f"process 1 of 2 (host {socket.gethostname()}) has waited"
     assert done.stderr.splitlines() == [
-        f"{name} 2 s for process 0 at 127.0.0.1:1",
-        f"error: {name} 4 s for process 0 at 127.0.0.1:1: it gives up",
+        f"{name} 1 s for process 0 at 127.0.0.1:1",
+        f"error: {name} 2 s for process 0 at 127.0.0.1:1: it gives up",
     ]
     assert done.returncode == 2
 
@@ -296,9 +301,8 @@ def test_strangers_are_turned_away(watches):
         with socket.create_connection(("127.0.0.1", hub.port)) as sock:
             sock.sendall(nonsense)
             sock.settimeout(10)
-            with pytest.raises(OSError, match=".*"):
-                if sock.recv(1) == b"":
-                    raise OSError("closed")
+            with contextlib.suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
     assert hub.missing() == [1, 2]
     assert member(1).welcome.wait(10)
     assert member(1).gone.wait(10)  # there is one already
@@ -306,14 +310,14 @@ def test_strangers_are_turned_away(watches):
 
 
 def test_a_late_member_learns_what_went_wrong_before(watches):
-    hub, member, ended = watches
+    hub, member, _ = watches
     member(1).leave("error: first")
     assert hub.blame(10)
     assert "ended with: error: first" in member(2).blame(10)
 
 
 def test_only_one_thread_ends_a_process(watches):
-    hub, member, ended = watches
+    _, member, ended = watches
     second = member(2)
     assert second.claim()
     assert not second.claim()

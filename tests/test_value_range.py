@@ -1,6 +1,7 @@
 """Data with a value range, through the scripts: the flag travels, and samples have the range."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -171,8 +172,14 @@ def test_range_of_a_continued_run_must_be_the_same(
         succeed(done)
 
 
-def test_range_is_refused_for_a_model_of_pictures(trained, run_script, tmp_path):
-    flags = {**SAMPLE, "model_path": trained.path, "value_range": "0,65535"}
+@pytest.mark.parametrize("older", [False, True])
+def test_range_is_refused_for_a_model_of_pictures(trained, run_script, tmp_path, older):
+    config = json.loads((trained.folder / "config.json").read_text())
+    if older:  # a run from before there were value ranges
+        del config["value_range"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    shutil.copy(trained.path, tmp_path / "model.pt")
+    flags = {**SAMPLE, "model_path": "model.pt", "value_range": "0,65535"}
     line = error_of(run_script("image_sample", flags, cwd=tmp_path))
     assert "--value_range 0,65535 contradicts the checkpoint" in line
 
@@ -223,7 +230,7 @@ def flawed(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("launcher", ["single", "torchrun"])
+@pytest.mark.parametrize("launcher", ["single", pytest.param("torchrun", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("values", "words"),
     [

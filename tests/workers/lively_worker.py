@@ -80,7 +80,7 @@ def holding_the_lock(rank):
 
 def ending_one_by_one(rank):
     dist.barrier()
-    time.sleep(2 * (rank if sys.argv[3] == "up" else dist.get_world_size() - rank))
+    time.sleep(0.7 * (rank if sys.argv[3] == "up" else dist.get_world_size() - rank))
 
 
 def failing(rank):
@@ -123,7 +123,7 @@ KINDS = {
 def main():
     if not os.environ.get("IN_EARNEST"):
         heartbeat.BEAT_SECONDS, heartbeat.GRACE_SECONDS = 0.25, 0.5
-        stalls.STALL_SECONDS, stalls.GIVE_UP_SECONDS = 2.0, float(os.environ.get("GIVE_UP", 60))
+        stalls.STALL_SECONDS, stalls.GIVE_UP_SECONDS = 1.0, float(os.environ.get("GIVE_UP", 60))
         rendezvous.WORD_SECONDS = 20  # the others may need as long to import torch
     if sys.argv[1] == "too_early" and os.environ["RANK"] == sys.argv[3]:
         raise UserError("--flag 3: dislikes it at once")
