@@ -339,12 +339,12 @@ def _entry_bytes(loop: TrainLoop) -> float:
     """The bytes that one entry of pending losses adds to a state file."""
     t, losses = loop.pending_losses[-1]
     sizes = []
-    for count in (1, 11):
+    for count in (10, 60):
         file = io.BytesIO()
         entry = [(t.clone(), {key: v.clone() for key, v in losses.items()}) for _ in range(count)]
         torch.save(entry, file)
         sizes.append(len(file.getvalue()))
-    return (sizes[1] - sizes[0]) / 10
+    return (sizes[1] - sizes[0]) / 50
 
 
 def _tensors(loop: TrainLoop) -> list[Tensor]:

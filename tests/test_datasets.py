@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 DATASETS = Path(__file__).parents[1] / "datasets"
-SCRIPTS = ["cifar10", "digits", "imagenet64", "lsun_bedroom"]
+SCRIPTS = ["cifar10", "digits", "imagenet64", "lsun_bedroom", "pack"]
 
 
 @pytest.fixture(autouse=True)

@@ -246,7 +246,8 @@ def test_other_places_and_precisions(examine, tmp_path):
 @pytest.mark.parametrize(
     "flags",
     [
-        {"keep_checkpoints": 2, "posthoc_ema": "0.1", "log_interval": 3},
+        # many losses are pending when it saves
+        {"keep_checkpoints": 2, "posthoc_ema": "0.1", "log_interval": 100, "microbatch": 1},
         pytest.param(
             {"sample_interval": 4, "val_fraction": 0.2, "val_interval": 5, "microbatch": 2},
             marks=pytest.mark.slow,
@@ -265,7 +266,7 @@ def test_a_run_leaves_on_the_disk_what_was_forecast(
     own = {**TINY, "data_dir": digits_dir, "log_dir": "run"}
     succeed(run_script("image_train", own, flags, cwd=tmp_path))
     left = sum(path.stat().st_size for path in (tmp_path / "run").iterdir())
-    assert foretold == pytest.approx(left, rel=0.01)
+    assert foretold == pytest.approx(left, rel=0.001)
 
 
 def test_a_run_is_read_and_not_touched(examine, tmp_path, trained):
@@ -365,14 +366,14 @@ def launch(launcher, name, *parts, cwd, env=None, **flags):
 
 
 @pytest.mark.parametrize(
-    ("launcher", "parallel"),
+    ("launcher", "parallel", "compare"),
     [
-        ("torchrun", "ddp"),
-        pytest.param("torchrun", "fsdp", marks=pytest.mark.slow),
-        pytest.param("mpiexec", "ddp", marks=pytest.mark.slow),
+        ("torchrun", "ddp", False),
+        pytest.param("torchrun", "fsdp", True, marks=pytest.mark.slow),
+        pytest.param("mpiexec", "ddp", True, marks=pytest.mark.slow),
     ],
 )
-def test_two_processes(tmp_path, digits_dir, launcher, parallel):
+def test_two_processes(tmp_path, digits_dir, launcher, parallel, compare):
     flags = {**TINY, **QUICK, "data_dir": digits_dir, "log_dir": "run", "parallel": parallel}
     done = succeed(launch(launcher, "doctor", flags, cwd=tmp_path, lr_anneal_steps=9))
     assert topics(done) == TOPICS
@@ -381,6 +382,8 @@ def test_two_processes(tmp_path, digits_dir, launcher, parallel):
     assert ranks == [("0", "0"), ("1", "1")]
     assert re.search(r"all-reduce: right over 2 processes; .* for 64\.0 MiB, .*/s\n", done.stdout)
     assert os.listdir(tmp_path) == []
+    if not compare:
+        return
     foretold = number(r"disk: .*\(([\d,]+) bytes\)", done.stdout)
     flags = {name: value for name, value in flags.items() if name != "doctor_seconds"}
     done = succeed(launch(launcher, "image_train", flags, cwd=tmp_path, lr_anneal_steps=9))

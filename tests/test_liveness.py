@@ -91,11 +91,16 @@ def test_a_lost_process_takes_the_others_down_and_is_named(tmp_path, rank, how, 
 
 
 @pytest.mark.slow
-def test_processes_of_data_workers_do_not_hold_the_connection(tmp_path):
-    started = begin("with_data_workers", tmp_path, processes=2)
-    os.kill(int((tmp_path / "worker").read_text()), 0)  # there is one
-    for done in lose(started, 1, signal.SIGKILL):
-        assert_named(done, Lost(1, started[1]), "ended without a word")
+def test_forked_processes_do_not_hold_the_connection(tmp_path):
+    started = begin("with_forked_children", tmp_path, processes=2)
+    children = [tmp_path / f"child.{rank}" for rank in range(2)]
+    wait_until(lambda: all(path.exists() and path.read_text() for path in children))
+    try:
+        for done in lose(started, 1, signal.SIGKILL):
+            assert_named(done, Lost(1, started[1]), "ended without a word")
+    finally:
+        for path in children:
+            os.kill(int(path.read_text()), signal.SIGKILL)
 
 
 def test_a_file_that_is_being_written_is_finished(tmp_path):

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader
 
 from improved_diffusion import dist_util, heartbeat, liveness, rendezvous, stalls
 from improved_diffusion.errors import UserError
@@ -42,19 +41,16 @@ def apart(rank):
     time.sleep(LONG)
 
 
-class Endless(torch.utils.data.IterableDataset):
-    def __iter__(self):
-        (FOLDER / "worker").write_text(str(os.getpid()))
-        while True:
-            yield torch.zeros(1)
-            time.sleep(0.05)
-
-
-def with_data_workers(rank):
-    for _ in DataLoader(Endless(), num_workers=1, batch_size=1):
-        if not (FOLDER / f"ready.{rank}").exists():
-            dist.barrier()
-            in_place(rank)
+def with_forked_children(rank):
+    """As data workers are, but these do not notice the end of their parents."""
+    if os.fork() == 0:
+        (FOLDER / f"child.{rank}").write_text(str(os.getpid()))
+        os.closerange(0, 3)
+        time.sleep(LONG)
+        os._exit(0)
+    dist.barrier()
+    in_place(rank)
+    time.sleep(LONG)
 
 
 def writing(rank):
@@ -80,7 +76,7 @@ def holding_the_lock(rank):
 
 def ending_one_by_one(rank):
     dist.barrier()
-    time.sleep(0.7 * (rank if sys.argv[3] == "up" else dist.get_world_size() - rank))
+    time.sleep(rank if sys.argv[3] == "up" else 3 * (dist.get_world_size() - 1 - rank))
 
 
 def failing(rank):
@@ -114,7 +110,7 @@ def too_early(rank):
 KINDS = {
     kind.__name__: kind
     for kind in (
-        *(in_a_collective, apart, with_data_workers, writing, holding_the_lock),
+        *(in_a_collective, apart, with_forked_children, writing, holding_the_lock),
         *(ending_one_by_one, failing, exiting, stalling, too_early),
     )
 }
