@@ -33,8 +33,8 @@ from scaling_model import (
 )
 
 from improved_diffusion import dist_util, logger
-from improved_diffusion.checkpoint import write_file
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import write_file
 from improved_diffusion.optimization import OptimizationOptions
 from improved_diffusion.parallel import ParallelOptions, local
 from improved_diffusion.script_util import create_gaussian_diffusion

@@ -119,13 +119,15 @@ def workplace(log_dir: str) -> Iterator[str]:
 
 
 def _existing_folder(path: str) -> str:
-    """The folder that a path lies in, or will; the path itself if that is on another disk."""
+    """The folder that a path lies in, or will; the path itself if only that is on its disk."""
     path = os.path.abspath(path)
     above = os.path.dirname(path)
     while not os.path.isdir(above):
         above = os.path.dirname(above)
-    elsewhere = os.path.isdir(path) and os.stat(path).st_dev != os.stat(above).st_dev
-    return path if elsewhere else above
+    if os.path.isdir(path):
+        alike = os.stat(path).st_dev == os.stat(above).st_dev
+        return above if alike and os.access(above, os.W_OK) else path
+    return above
 
 
 def _interrupt(*_: Any) -> None:

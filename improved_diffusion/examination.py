@@ -93,7 +93,7 @@ def examine_training(
     :raises ValueError: on every process, if any of it does not work.
     """
     report.begin("training loop")
-    free = None if "://" in get_blob_logdir() else shutil.disk_usage(flags["log_dir"]).free
+    free = dist_util.on_first_rank(_free_bytes)
     memory.forget_peak()
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -294,6 +294,11 @@ class Examination:
         if dist_util.any_rank(_fingerprints(loop) != self._saved)[0]:
             raise UserError("tensors that were loaded differ from those that were saved")
         self.report.say(f"every tensor is back as it was saved, after {duration_text(took)}")
+
+
+def _free_bytes() -> int | None:
+    folder = get_blob_logdir()
+    return None if "://" in folder else shutil.disk_usage(folder).free
 
 
 def _gpu_peaks() -> tuple[int, int] | None:

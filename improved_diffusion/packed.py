@@ -25,8 +25,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import open_whole, write_file
 from .errors import UserError
+from .files import open_whole, write_file
 from .flags import ImageSize, height_width, size_text
 from .pixels import ValueRange, range_text
 

@@ -14,8 +14,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, dist_util
+from . import dist_util
 from .errors import UserError
+from .files import open_whole, write_file
 from .flags import option, require, require_at_least
 from .gaussian_diffusion import GaussianDiffusion, Model
 from .pixels import PIL_MODES, ValueRange
@@ -255,12 +256,12 @@ def write_samples(
     if value_range is not None:
         images = images.astype(store_type(value_range), copy=False)
     path = os.path.join(folder, f"samples_{'x'.join(map(str, images.shape))}.npz")
-    with checkpoint.open_whole(path) as file:
+    with open_whole(path) as file:
         np.savez(file, images, *([] if labels is None else [labels]))
     if images.shape[-1] in PIL_MODES:
         columns = len(classes) if 2 <= len(classes) <= 20 else 0
         shown = _as_picture(images[:GRID_SAMPLES], value_range)
-        checkpoint.write_file(os.path.join(folder, "grid.png"), png(grid(shown, columns)))
+        write_file(os.path.join(folder, "grid.png"), png(grid(shown, columns)))
     if save_png:
         _write_singly(folder, images, labels, class_names)
     return path

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from . import checkpoint, dist_util
 from .errors import UserError
+from .files import file_entry, write_tensors
 
 STRUCTURE = "structure.pt"
 METADATA = ".metadata"
@@ -58,14 +59,14 @@ def write_checkpoint(
         os.makedirs(path)
         written = {state: (folder, files[state]), f"{name}/{STRUCTURE}": (folder, structure)}
         return {
-            key: checkpoint.write_tensors(os.path.join(place, key), value)
+            key: write_tensors(os.path.join(place, key), value)
             for key, (place, value) in written.items()
         }
 
     def measure() -> dict[str, Any]:
         mine = [file for file in os.listdir(path) if file.startswith(f"__{rank}_")]
         mine += [METADATA] if rank == 0 else []
-        return {f"{name}/{file}": checkpoint.file_entry(os.path.join(path, file)) for file in mine}
+        return {f"{name}/{file}": file_entry(os.path.join(path, file)) for file in mine}
 
     entries = _on_all(prepare, path, group)
     try:
@@ -267,7 +268,7 @@ def merge(path: str, out_dir: str, report: Callable[[str], None] = lambda text: 
     written = []
     for name in stored.names:
         target = os.path.join(out_dir, name)
-        entries[name] = checkpoint.write_tensors(target, stored.read(name))
+        entries[name] = write_tensors(target, stored.read(name))
         written.append(target)
         report(target)
     checkpoint.write_manifest(out_dir, step, entries)
@@ -281,4 +282,4 @@ def _copy_beside(folder: str, out_dir: str, step: int, entries: dict[str, Any]) 
         checkpoint.save_config(out_dir, flags)
     name = checkpoint.state_name(step)
     state = dist_util.load_state_dict(os.path.join(folder, name), map_location="cpu")
-    entries[name] = checkpoint.write_tensors(os.path.join(out_dir, name), state)
+    entries[name] = write_tensors(os.path.join(out_dir, name), state)

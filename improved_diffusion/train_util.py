@@ -19,6 +19,7 @@ from . import checkpoint, dist_util, liveness, logger
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename
 from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report, most_telling
 from .errors import Diverged, RunAgain, Stop
+from .files import write_file
 from .flags import numbers, option, require, require_at_least
 from .fp16_util import (
     make_master_params,
@@ -501,7 +502,7 @@ class TrainLoop:
         step, layer = self.global_step, most_telling(reports)["first_nonfinite"]
         path = os.path.join(logger.get_dir() or ".", f"divergence_{step:06d}.json")
         if dist_util.get_rank() == 0:
-            checkpoint.write_file(path, (json.dumps(reports, indent=1) + "\n").encode())
+            write_file(path, (json.dumps(reports, indent=1) + "\n").encode())
         text = f"{PATIENCE} steps in a row up to step {step} had non-finite losses or gradients"
         text += f", first in {layer}; timesteps and images are in {path}"
         dist_util.barrier()

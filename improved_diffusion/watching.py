@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, dist_util, logger
+from . import dist_util, logger
 from .errors import UserError
+from .files import write_file
 from .flags import option, require, require_at_least
 from .pixels import PIL_MODES
 from .previews import Previews, picture, statistics
@@ -113,7 +114,7 @@ class PreviewWatcher:
 
     def _show(self, pixels: np.ndarray, step: int) -> None:
         path = os.path.join(logger.get_dir() or ".", f"preview_{step:06d}.png")
-        checkpoint.write_file(path, png(pixels))
+        write_file(path, png(pixels))
         logger.logimage("preview", pixels, step)
 
     def _warn(self, raw: Tensor, averaged: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from improved_diffusion import checkpoint
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import write_tensors
 from improved_diffusion.flags import ArgumentParser, make_parser, option, pick, require
 from improved_diffusion.posthoc_ema import (
     Snapshot,
@@ -101,7 +102,7 @@ def make_average(
     weights = solve_weights(*stored, updates, gamma)
     error = relative_error(weights, *stored, updates, gamma)
     path = options.out or bf.join(options.run, f"ema_posthoc{sigma_rel}_{updates:06d}.pt")
-    checkpoint.write_tensors(path, weighted_sum(snapshots, weights))
+    write_tensors(path, weighted_sum(snapshots, weights))
 
     used = [s for s, weight in zip(snapshots, weights, strict=True) if weight != 0]
     print(f"sigma_rel {sigma_rel}, {updates} updates: {describe(used)}")

@@ -7,9 +7,9 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from improved_diffusion import dist_util, logger, runs
-from improved_diffusion.checkpoint import open_whole
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import open_whole
 from improved_diffusion.flags import ArgumentParser, make_parser, option, pick, require_at_least
 from improved_diffusion.image_datasets import DataOptions, list_images, load_once
 from improved_diffusion.likelihood import bits_of_a_range, estimate_bound

@@ -1,4 +1,4 @@
-"""Files of a run: their names, when a write counts, and what is refused in loading them."""
+"""Files of a run: their names, which of them count, and what is refused in loading them."""
 
 import hashlib
 import io
@@ -26,7 +26,6 @@ from improved_diffusion.checkpoint import (
     set_aside_newer,
     step_of,
     write_checkpoint,
-    write_file,
     write_tensors,
 )
 from improved_diffusion.errors import UserError
@@ -156,104 +155,6 @@ def test_checkpoint_named_without_a_folder_lies_in_the_working_directory(tmp_pat
     monkeypatch.chdir(tmp_path)
     assert find_beside("model000001.pt", "opt000001.pt") == "opt000001.pt"
     assert load_config(os.path.dirname("model000001.pt")) == {"num_channels": 64}
-
-
-# -- writing --------------------------------------------------------------------------------------
-
-
-def fail(*args):
-    raise OSError("disk full")
-
-
-def test_file_is_written_and_overwritten(tmp_path):
-    path = tmp_path / "a.bin"
-    for data in (b"first", b"", b"second\r\n\x00"):
-        write_file(str(path), data)
-        assert path.read_bytes() == data
-        assert os.listdir(tmp_path) == ["a.bin"]
-
-
-def test_file_is_complete_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
-    """Otherwise a power cut may leave a named file without its content."""
-    path, events = tmp_path / "a.bin", []
-    path.write_bytes(b"old")
-    fsync, replace = os.fsync, os.replace
-
-    def noted_fsync(fd):
-        events.append(("fsync", os.fstat(fd).st_size, path.read_bytes()))
-        fsync(fd)
-
-    def noted_replace(source, target):
-        events.append(("replace", os.path.getsize(source), path.read_bytes()))
-        replace(source, target)
-
-    monkeypatch.setattr(os, "fsync", noted_fsync)
-    monkeypatch.setattr(os, "replace", noted_replace)
-    write_file(str(path), b"12345")
-    assert events[:2] == [("fsync", 5, b"old"), ("replace", 5, b"old")]
-    assert path.read_bytes() == b"12345"
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-@pytest.mark.parametrize("name", ["model000005.pt", "config.json"])
-def test_write_that_fails_leaves_no_file_under_the_name(tmp_path, monkeypatch, broken, name):
-    monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_file(str(tmp_path / name), b"12345")
-    assert not (tmp_path / name).exists()
-    assert find_newest_model(str(tmp_path)) is None
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_write_that_fails_keeps_the_old_file(tmp_path, monkeypatch, broken):
-    path = tmp_path / "model000005.pt"
-    path.write_bytes(b"old")
-    monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_file(str(path), b"12345")
-    assert path.read_bytes() == b"old"
-
-
-@pytest.mark.parametrize("broken", ["fsync", "replace"])
-def test_write_that_fails_leaves_no_partial_file(tmp_path, monkeypatch, broken):
-    """On a full disk what is left behind would stand in the way of the next save."""
-    monkeypatch.setattr(os, broken, fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_file(str(tmp_path / "model000005.pt"), b"12345")
-    assert os.listdir(tmp_path) == []
-
-
-def test_interrupted_write_does_not_hinder_the_next(tmp_path, monkeypatch):
-    path = tmp_path / "model000005.pt"
-
-    def interrupted(source, target):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            write_file(str(path), b"a long text that was never named")
-    write_file(str(path), b"short")
-    assert path.read_bytes() == b"short"
-    assert os.listdir(tmp_path) == [path.name]
-
-
-def test_tensors_are_read_back(tmp_path):
-    path = str(tmp_path / "a.pt")
-    write_tensors(path, {"w": torch.arange(6.0).view(2, 3), "n": torch.tensor(3)})
-    state = dist_util.load_state_dict(path, map_location="cpu")
-    assert list(state) == ["w", "n"]
-    assert torch.equal(state["w"], torch.arange(6.0).view(2, 3))
-    assert torch.equal(state["n"], torch.tensor(3))
-
-
-def test_tensors_that_cannot_be_saved_leave_the_old_file(tmp_path):
-    path = tmp_path / "a.pt"
-    path.write_bytes(b"old")
-    with pytest.raises((pickle.PicklingError, AttributeError, TypeError)):
-        write_tensors(str(path), {"f": lambda: None})
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["a.pt"]
 
 
 # -- whole checkpoints ----------------------------------------------------------------------------

@@ -189,6 +189,28 @@ def test_peak_of_memory_begins_again():
     assert 0 < memory.own_bytes(os.getpid()) < memory.peak_bytes() < memory.host_bytes()
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_workplace_lies_beside_the_run_and_goes_whatever_happens(tmp_path, monkeypatch, exists):
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", "")
+    run = tmp_path / "run" if exists else tmp_path / "not" / "yet" / "run"
+    if exists:
+        run.mkdir()
+    before = signal.getsignal(signal.SIGTERM)
+
+    def work():
+        with doctor.workplace(str(run)) as folder:
+            assert os.path.dirname(folder) == str(tmp_path)
+            assert os.environ["DIFFUSION_BLOB_LOGDIR"] == folder
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)  # the signal ends it
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert os.listdir(tmp_path) == (["run"] if exists else [])
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert os.environ["DIFFUSION_BLOB_LOGDIR"] == ""
+
+
 # -- the script -------------------------------------------------------------------------------
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from golden_data import load_json
 
-from improved_diffusion.checkpoint import write_tensors
 from improved_diffusion.errors import UserError
+from improved_diffusion.files import write_tensors
 from improved_diffusion.script_util import create_model, sr_create_model
 from improved_diffusion.state_dicts import check_fit, describe_network, load_model
 

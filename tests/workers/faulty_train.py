@@ -16,7 +16,7 @@ import time
 import zlib
 from pathlib import Path
 
-from improved_diffusion import checkpoint, dist_util
+from improved_diffusion import dist_util, files
 from improved_diffusion.train_util import TrainLoop
 
 SCRIPT = str(Path(__file__).parents[2] / "scripts" / "image_train.py")
@@ -70,7 +70,7 @@ class HalfWritten:
 
 def plant(fault):
     run_loop, run_step = TrainLoop.run_loop, TrainLoop.run_step
-    open_whole, replace = checkpoint.open_whole, os.replace
+    open_whole, replace = files.open_whole, os.replace
 
     def faulty_run_loop(self):
         fault.start_clock()
@@ -91,7 +91,7 @@ def plant(fault):
         fault.happens("after", os.path.basename(target))
 
     TrainLoop.run_loop, TrainLoop.run_step = faulty_run_loop, faulty_run_step
-    checkpoint.open_whole, os.replace = faulty_open_whole, faulty_replace
+    files.open_whole, os.replace = faulty_open_whole, faulty_replace
 
 
 def record(path):
