@@ -39,8 +39,8 @@ def run(words: Sequence[str], processes: int, hosts: int = 1, mbits: int = 0) ->
     :raises RuntimeError: with what was written to stderr, if a process fails.
     """
     wrap = ["unshare", "--map-root-user", "--net"] if can_isolate() else []
-    given = json.dumps({"words": list(words), "processes": processes, "hosts": hosts})
-    command = [*wrap, sys.executable, __file__, given, str(mbits)]
+    given = {"words": list(words), "processes": processes, "hosts": hosts, "mbits": mbits}
+    command = [*wrap, sys.executable, __file__, json.dumps({**given, "isolated": bool(wrap)})]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -60,16 +60,18 @@ def sent_bytes() -> dict[str, int]:
 
 
 def main() -> None:
-    given, mbits = json.loads(sys.argv[1]), int(sys.argv[2])
-    per_host = given["processes"] // given["hosts"]
-    with make_hosts(given["hosts"], mbits) as hosts:
-        alone = given["hosts"] == 1
+    given = json.loads(sys.argv[1])
+    per_host, alone = given["processes"] // given["hosts"], given["hosts"] == 1
+    if given["isolated"]:
+        _call("ip link set lo up")
+    with make_hosts(given["hosts"], given["mbits"]) as hosts:
         common = {
             "WORLD_SIZE": str(given["processes"]),
             "MASTER_ADDR": "127.0.0.1" if alone else "10.0.0.1",
             "MASTER_PORT": _free_port(),
-            "GLOO_SOCKET_IFNAME": "lo" if alone else "cable",
         }
+        if given["isolated"]:
+            common["GLOO_SOCKET_IFNAME"] = "lo" if alone else "cable"
         everyone = []
         for rank in range(given["processes"]):
             place = {**common, "RANK": str(rank), "LOCAL_RANK": str(rank % per_host)}
@@ -97,7 +99,6 @@ def make_hosts(count: int, mbits: int) -> Iterator[list[list[str]]]:
     :return: for each, the words before a command that run it there.
     """
     if count == 1:
-        subprocess.run(["ip", "link", "set", "lo", "up"], capture_output=True)
         yield [[]]
         return
     # a namespace lives as long as the process that waits in it

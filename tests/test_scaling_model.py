@@ -21,8 +21,13 @@ EVEN = model.Network("even", (((64, 16), (64,)), ((128, 64),)), flops=1e9, activ
 
 FLAGS = measuring.CASES[0].flags
 
-# how far measured may be from calculated
-TOLERANCE = {"sent_within_hosts": 0.01, "sent_between_hosts": 0.01}
+# how far measured may be from calculated; from step to step a process holds exactly so much
+TOLERANCE = {
+    "sent_within_hosts": 0.01,
+    "sent_between_hosts": 0.01,
+    "peak_in_step": 0.2,
+    "seconds_per_step": 0.1,
+}
 
 
 def sent(layout, network=EVEN, **training):
@@ -149,18 +154,15 @@ def test_the_recorded_numbers_are_near_what_is_calculated_now():
     record = json.loads((ROOT / "benchmarks" / "results" / "scaling.json").read_text())
     network = model.describe("small", record["network"])
     assert record["parameters"] == network.parameters
-    checked = 0
+    kinds = set()
     for row in record["rows"]:
-        names = measuring.Case.__dataclass_fields__
-        case = measuring.Case(**{name: row[name] for name in names})
-        if row["what"] in ("peak_in_step", "seconds_per_step"):  # from another measurement
-            assert -0.4 < row["difference"] < 0.3, row
-            continue
-        now = measuring.calculate(case, network)[row["what"]]
-        assert row["calculated"] == pytest.approx(now), row
+        case = measuring.Case(**{name: row[name] for name in measuring.Case.__dataclass_fields__})
+        kinds.add((case.kind, case.processes, case.hosts))
         assert abs(row["difference"]) <= TOLERANCE.get(row["what"], 0), row
-        checked += 1
-    assert checked > 40
+        if row["what"] not in ("peak_in_step", "seconds_per_step"):  # from another measurement
+            now = measuring.calculate(case, network)[row["what"]]
+            assert row["calculated"] == pytest.approx(now), row
+    assert {("fsdp", 2, 1), ("ddp", 4, 1), ("hybrid", 4, 1), ("hybrid", 4, 2)} <= kinds
 
 
 # -- real processes ---------------------------------------------------------------------------
