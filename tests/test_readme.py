@@ -25,7 +25,7 @@ def test_commands_run(tmp_path):
     env = environment()
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     blocks = marked_blocks()
-    assert [language for language, _ in blocks] == ["sh", "sh", "sh", "sh", "python"]
+    assert [language for language, _ in blocks] == ["sh", "sh", "sh", "sh", "sh", "python"]
     for language, code in blocks:
         command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
         done = subprocess.run(
