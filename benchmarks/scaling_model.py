@@ -29,7 +29,7 @@ from improved_diffusion.flags import (
 )
 from improved_diffusion.optimization import PRECISIONS
 from improved_diffusion.parallel import BUCKET_MB
-from improved_diffusion.parallel import _blocks as blocks_of  # what FSDP gathers at a time
+from improved_diffusion.parallel import gathered_blocks as blocks_of  # what FSDP gathers at a time
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,

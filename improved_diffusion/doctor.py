@@ -341,7 +341,7 @@ def _tell_disk(report: Report, examined: Examined, result: Forecast) -> None:
     until = "" if examined.plan.bounded else f" after {UNBOUNDED_STEPS:,} steps"
     report.say(
         f"{size_text(result.bytes)} ({result.bytes:,} bytes){until} for {result.kept}{some} "
-        f"checkpoint{'s' if result.kept != 1 else ''} of "
+        f"checkpoint{'s' if result.saves != 1 else ''} of "
         f"{size_text(examined.measured.checkpoint_bytes)}, logs and pictures; {there} free"
     )
     if free is not None and result.most_bytes > free:

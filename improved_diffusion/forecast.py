@@ -143,10 +143,10 @@ def saved_steps(plan: Plan, end: int, step_seconds: float) -> Iterator[tuple[int
 
 
 def size_text(size: float) -> str:
-    """A number of bytes for people: ``12.3 MiB``."""
+    """A number of bytes for people: ``12.3 MiB``, ``1.23 GiB``."""
     units = ["bytes", "KiB", "MiB", "GiB", "TiB"]
     power = min(max(int(size).bit_length() - 1, 0) // 10, len(units) - 1)
-    return f"{size / 1024**power:.{1 if power else 0}f} {units[power]}"
+    return f"{size / 1024**power:.{(0, 1, 1, 2, 2)[power]}f} {units[power]}"
 
 
 def duration_text(seconds: float) -> str:

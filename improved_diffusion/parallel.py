@@ -134,7 +134,7 @@ def shard(model: nn.Module, options: ParallelOptions, dtype: torch.dtype | None)
         "mp_policy": policy,
         "reshard_after_forward": True,
     }
-    for block in _blocks(model):
+    for block in gathered_blocks(model):
         fully_shard(block, **how)
     fully_shard(model, **how)
 
@@ -154,7 +154,7 @@ def _mesh(options: ParallelOptions) -> Any:
     )
 
 
-def _blocks(model: nn.Module) -> list[nn.Module]:
+def gathered_blocks(model: nn.Module) -> list[nn.Module]:
     """What is gathered at a time: the elements of the model's lists of modules, and its chains."""
     blocks = []
     for child in model.children():

@@ -150,8 +150,8 @@ def test_texts():
         "0 bytes",
         "1023 bytes",
         "1.0 KiB",
-        "1.5 GiB",
-        "1048576.0 TiB",
+        "1.50 GiB",
+        "1048576.00 TiB",
     ]
     seconds = (0.0005, 0.25, 1, 59.94, 60, 3723, 86400, 200000)
     assert [duration_text(s) for s in seconds] == [

@@ -10,7 +10,7 @@ import torch
 from script_runner import ROOT, load_module
 
 from improved_diffusion.errors import UserError
-from improved_diffusion.parallel import _blocks as blocks_of
+from improved_diffusion.parallel import gathered_blocks as blocks_of
 
 model = load_module("benchmarks", "scaling_model")
 measuring = load_module("benchmarks", "scaling_measure")
