@@ -202,6 +202,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_spawned_workers_do_not_change_them(folder, tmp_path):
     script = tmp_path / "spawning.py"
     script.write_text(SPAWNING)
@@ -218,6 +219,7 @@ def test_spawned_workers_do_not_change_them(folder, tmp_path):
 # -- where they are not
 
 
+@pytest.mark.slow
 def test_images_to_measure_on_are_as_they_are(folder, run_script, tmp_path):
     """A run with flips and crops measures the same losses of its first weights as one without."""
     flags = {**TINY, "channels": 3, "data_dir": folder, "val_fraction": 0.3, "val_interval": 1}

@@ -256,6 +256,7 @@ def test_super_resolution_without_an_end(examine):
     assert "after 1,000 steps for 11 checkpoints" in done.stdout  # 0, 100 ... 900, and 1000
 
 
+@pytest.mark.slow
 def test_other_places_and_precisions(examine, tmp_path):
     env = {"DIFFUSION_BLOB_LOGDIR": str(tmp_path / "elsewhere" / "blobs")}
     done = examine(
@@ -265,6 +266,7 @@ def test_other_places_and_precisions(examine, tmp_path):
     assert "for each of its 1 data workers" in done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "flags",
     [
@@ -291,6 +293,7 @@ def test_a_run_leaves_on_the_disk_what_was_forecast(
     assert foretold == pytest.approx(left, rel=0.001)
 
 
+@pytest.mark.slow
 def test_a_run_is_read_and_not_touched(examine, tmp_path, trained):
     run = tmp_path / "run"
     shutil.copytree(trained.folder, run)
@@ -334,6 +337,7 @@ def failure_of(done):
     return line.removeprefix("error: ")
 
 
+@pytest.mark.slow
 def test_failures_name_what_was_tried(tmp_path, digits_dir, run_script):
     def fail(name="doctor", env=None, **flags):
         own = {**TINY, **QUICK, "data_dir": digits_dir, "log_dir": "run", **flags}
@@ -358,6 +362,7 @@ def test_impossible_thoroughness(tmp_path, run_script):
     assert "--doctor_seconds 0" in line
 
 
+@pytest.mark.slow
 def test_stopped_in_the_middle_it_leaves_nothing(tmp_path, digits_dir):
     own = {**TINY, **QUICK, "data_dir": digits_dir, "log_dir": "run", "doctor_seconds": 600}
     process = subprocess.Popen(
@@ -387,6 +392,7 @@ def launch(launcher, name, *parts, cwd, env=None, **flags):
     return start(launcher, script_path(name), *words, cwd=cwd, env=script_environment(env))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("launcher", "parallel", "compare"),
     [

@@ -103,6 +103,7 @@ def test_forked_processes_do_not_hold_the_connection(tmp_path):
             os.kill(int(path.read_text()), signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_file_that_is_being_written_is_finished(tmp_path):
     started = begin("writing", tmp_path, processes=2)
     for done in lose(started, 1, signal.SIGKILL):
@@ -131,6 +132,7 @@ def test_a_process_that_holds_the_interpreter_is_not_lost(tmp_path, rank):
         assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["up", pytest.param("down", marks=pytest.mark.slow)])
 def test_ending_well_is_not_being_lost(tmp_path, order):
     started = start_by_hand(
@@ -176,6 +178,7 @@ def test_who_fails_before_the_meeting_is_not_waited_for(tmp_path, rank):
     assert_named(other, Lost(rank, started[rank]), how)
 
 
+@pytest.mark.slow
 def test_a_start_that_stalls_says_who_does_what(tmp_path):
     started = start_by_hand(WORKER, "stalling", tmp_path, ranks=range(3), processes=3)
     first, *others = ends(started)
@@ -186,6 +189,7 @@ def test_a_start_that_stalls_says_who_does_what(tmp_path):
     assert [(done.returncode, done.stderr) for done in others] == [(0, "")] * 2
 
 
+@pytest.mark.slow
 def test_missing_processes_are_named_again_and_again_and_then_given_up(tmp_path):
     env = environment(GIVE_UP="3")
     started = start_by_hand(WORKER, "apart", tmp_path, ranks=[0, 2], processes=4, env=env)
@@ -200,6 +204,7 @@ def test_missing_processes_are_named_again_and_again_and_then_given_up(tmp_path)
     assert "ended with: error: process 0 of 4" in other.stderr
 
 
+@pytest.mark.slow
 def test_a_first_process_that_does_not_come_is_waited_for_with_its_address(tmp_path):
     (started,) = start_by_hand(
         WORKER, "apart", tmp_path, ranks=[1], port=1, env=environment(GIVE_UP="2")

@@ -472,6 +472,7 @@ def test_a_process_that_does_not_see_the_set_names_the_file(digits_copy):
 # -- packing
 
 
+@pytest.mark.slow
 def test_the_script_tells_what_it_did(digits_dir, tmp_path):
     done = pack_by_itself(digits_dir, tmp_path / "out", "--image_size", 8, "--channels", 1)
     assert done.returncode == 0, done.stderr
@@ -488,6 +489,7 @@ def test_packing_again_gives_the_same_bytes(digits_dir, digits_pack, tmp_path):
     assert tree(out) == tree(digits_pack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_a_broken_picture_is_named_and_leaves_no_set(digits_dir, tmp_path, num_workers):
     shutil.copytree(digits_dir, tmp_path / "data")
@@ -583,6 +585,7 @@ def losses(folder):
     return [(row["loss"], row.get("val_loss")) for row in rows]
 
 
+@pytest.mark.slow
 def test_training_on_a_packed_set_is_training_on_the_folder(
     digits_dir, digits_copy, tmp_path, run_script
 ):

@@ -50,8 +50,8 @@ def difference(result, other):
 @pytest.mark.parametrize(
     ("processes", "given"),
     [
-        (2, {}),
         (2, FSDP),
+        pytest.param(2, {}, marks=pytest.mark.slow),
         pytest.param(2, {"microbatch": 2}, marks=pytest.mark.slow),
         pytest.param(2, {**FSDP, "microbatch": 3, "grad_clip": 0.5}, marks=pytest.mark.slow),
         pytest.param(2, {**FSDP, "use_checkpoint": True}, marks=pytest.mark.slow),

@@ -181,6 +181,7 @@ def check(case):
     return measured
 
 
+@pytest.mark.slow
 def test_two_processes_hold_and_send_what_is_calculated():
     case = measuring.Case("fsdp", 2, microbatches=2, averages=2, channels=32, steps=1)
     measured = check(case)

@@ -313,7 +313,8 @@ def test_mistakes_are_one_line(tmp_path, digits_dir, run_script):
         ({"checkpoint": str(digits_dir)}, "the folder holds no checkpoint"),
         ({"checkpoint": ".", "out_dir": __file__}, "is a file: name a folder"),
     ]:
-        assert words in error_of(merge(tmp_path, **flags))
+        done = run_script("merge_checkpoint", flags, cwd=tmp_path)
+        assert words in error_of(done)
 
 
 def test_shares_are_no_weights_to_sample_from(run, run_script):
@@ -327,8 +328,16 @@ def test_shares_are_no_weights_to_sample_from(run, run_script):
     ("flags", "words"),
     [
         ({"global_batch": 7}, "--global_batch 7: 2 processes cannot share it equally"),
-        ({"parallel": "fsdp", "shard_processes": 3}, "--shard_processes 3: must be a divisor"),
-        ({"parallel": "fsdp", "use_fp16": True}, "use --precision fp16 or bf16"),
+        pytest.param(
+            {"parallel": "fsdp", "shard_processes": 3},
+            "--shard_processes 3: must be a divisor",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            {"parallel": "fsdp", "use_fp16": True},
+            "use --precision fp16 or bf16",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_every_process_says_what_cannot_be_shared(tmp_path, digits_dir, flags, words):

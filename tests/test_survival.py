@@ -502,6 +502,7 @@ def test_train_hours(tmp_path, digits_dir, run_script):
     assert steps_saved(tmp_path / "run")[-1] > last
 
 
+@pytest.mark.slow
 def test_save_minutes(tmp_path, digits_dir, run_script, uninterrupted):
     """Saves by the clock change nothing but the number of checkpoints."""
     flags = {**FLAGS, "data_dir": digits_dir, "save_interval": 100}
@@ -510,6 +511,7 @@ def test_save_minutes(tmp_path, digits_dir, run_script, uninterrupted):
     assert_same_end(tmp_path / "run", uninterrupted(save_interval=100))
 
 
+@pytest.mark.slow
 def test_kept_checkpoints(tmp_path, digits_dir, run_script, uninterrupted):
     flags = {**FLAGS, "data_dir": digits_dir, "save_interval": 1}
     succeed(run_script(SCRIPT, flags, cwd=tmp_path, keep_checkpoints=2, keep_every=4))

@@ -230,6 +230,7 @@ def flawed(tmp_path):
     return make
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["single", pytest.param("torchrun", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("values", "words"),

@@ -463,6 +463,7 @@ def train_flags(folder, **changes):
     return {**TINY, **own, **changes}
 
 
+@pytest.mark.slow
 def test_training_on_shards_goes_on_and_samples(tmp_path, shards, digits_dir, run_script):
     flags = train_flags(shards, class_cond=True, num_classes=10, sample_interval=2)
     flags |= {"val_data_dir": digits_dir, "val_images": 8, "random_flip": True}
@@ -489,6 +490,7 @@ def test_super_resolution_trains_on_shards(tmp_path, shards, run_script):
     assert (tmp_path / "run" / "preview_000001.png").exists()
 
 
+@pytest.mark.slow
 def test_two_processes_train_on_shards(tmp_path, shards):
     flags = train_flags(f"{shards}/digits-{{000..003}}.tar", log_dir=tmp_path / "run")
     parts = [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
