@@ -32,7 +32,7 @@ from .image_datasets import ImageStream
 from .report import Report
 from .runs import Flags
 from .stalls import hostname
-from .training_runs import TrainingData
+from .training_data import TrainingData
 
 REDUCED_BYTES = 64 * 2**20
 REDUCTIONS = 5

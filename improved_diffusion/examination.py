@@ -31,7 +31,8 @@ from .runs import Flags
 from .saving import SavingOptions
 from .stopping import Bounds
 from .train_util import Batch, Cond, TrainLoop, Watcher, get_blob_logdir
-from .training_runs import TrainingData, make_loop
+from .training_data import TrainingData
+from .training_runs import make_loop
 
 FAR = 10**9  # a step that no examination comes to
 WARM_UP_STEPS = 5  # at least; and at least a tenth of the seconds

@@ -1,48 +1,35 @@
-"""What the training scripts share: from the flags to data, checks, watchers and the loop."""
+"""What the training scripts share: from the flags to checks, watchers and the loop."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import checkpoint, dist_util, liveness, logger, sharded, state_dicts
 from .augment import AugmentOptions
 from .errors import UserError
 from .flags import pick
 from .gaussian_diffusion import GaussianDiffusion
-from .image_datasets import (
-    Batch,
-    DataOptions,
-    ImageList,
-    ImageStream,
-    list_images,
-    load_all,
-    load_data,
-    load_once,
-    open_dataset,
-)
+from .image_datasets import DataOptions
 from .likelihood import bits_of_a_range
 from .optimization import OptimizationOptions, check_precision
 from .parallel import ParallelOptions
-from .pixels import check_files, parse_value_range
 from .previews import Previews
 from .resample import create_named_schedule_sampler
 from .rng import seed_everything
-from .runs import Flags, announce, check_class_names, inherit, relabel, set_up, store_flags
+from .runs import Flags, announce, inherit, set_up, store_flags
 from .saving import SavingOptions
 from .script_util import ModelAndDiffusionOptions, SuperResOptions
 from .stopping import Bounds
 from .train_util import TrainLoop, TrainOptions, Watcher, get_blob_logdir
-from .validation import Validation, hold_out, spread_out
-from .watching import PreviewWatcher, ValidationWatcher, WatchOptions, keep_random_state
-from .webdata import ShardFormat, ShardStream, check_first, find_shards, workers_of
+from .training_data import FixedBatch, TrainingData, load_shares, load_some, open_data
+from .validation import Validation, spread_out
+from .watching import PreviewWatcher, ValidationWatcher, WatchOptions
+from .webdata import ShardStream
 
 log = logging.getLogger(__name__)
 
@@ -63,21 +50,6 @@ TRAINING_OPTIONS = (
 )
 
 
-@dataclass(frozen=True)
-class TrainingData:
-    """The images of a run: an endless stream to train on, and those to look at on the way."""
-
-    stream: ImageStream | ShardStream
-    training: ImageList
-    validation: ImageList | None
-    size_flag: str
-
-    def map(self, transform: Callable[[Batch], Batch]) -> TrainingData:
-        """Change every batch, of training and of validation, by a function."""
-        self.stream.map(transform)
-        return self
-
-
 def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Flags, TrainingData]:
     """Check everything that can be checked before the run folder is made; then seed the weights.
 
@@ -91,64 +63,8 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
     flags = _spread(flags, given)
     liveness.doing("looking for a checkpoint", starting=True)
     flags = _with_checkpoint(flags, given)
-    train, source, watch = (pick(o, flags) for o in (TrainOptions, DataOptions, WatchOptions))
-    value_range = parse_value_range(flags["value_range"])
-    liveness.doing(f"listing the images of {source.data_dir}", starting=True)
-    shards = find_shards(source.data_dir)
-    if shards:
-        images = ImageList([])  # they are not counted
-        flags = _with_numbered_classes(flags)
-    else:
-        images = list_images(
-            source.data_dir, flags["class_cond"], source.labels_from, value_range=value_range
-        )
-        if value_range is not None and images.packed is None:
-            check_files(images.paths, flags["channels"], value_range)
-        flags = _with_classes(flags, images)
-    training, validation = images, None
-    if watch.val_fraction and shards:
-        raise UserError(
-            f"--val_fraction {watch.val_fraction}: tar shards cannot be split: put images for "
-            "validation into a folder and give --val_data_dir"
-        )
-    if watch.val_fraction:
-        training, validation = hold_out(images, watch.val_fraction)
-    elif watch.val_data_dir:
-        validation = list_images(
-            watch.val_data_dir,
-            flags["class_cond"],
-            source.labels_from,
-            "val_data_dir",
-            value_range,
-        )
-        validation = relabel(validation, flags.get("class_names", []))
-        open_dataset(
-            validation,
-            flags[size_flag],
-            channels=flags["channels"],
-            value_range=value_range,
-            size_flag=size_flag,
-        )
-    augment = pick(AugmentOptions, flags)
-    stream: ImageStream | ShardStream
-    if shards:
-        stream = _open_shards(shards, flags, size_flag)
-    else:
-        stream = load_data(
-            data_dir=source.data_dir,
-            batch_size=train.batch_size,
-            image_size=flags[size_flag],
-            class_cond=flags["class_cond"],
-            images=training,
-            channels=flags["channels"],
-            num_workers=source.num_workers,
-            seed=flags["seed"],
-            value_range=value_range,
-            random_flip=augment.random_flip,
-            random_crop=augment.random_crop,
-            device=dist_util.dev(),
-            size_flag=size_flag,
-        )
+    flags, data = open_data(flags, size_flag)
+    train = pick(TrainOptions, flags)
     check_precision(pick(OptimizationOptions, flags), train.use_fp16, dist_util.dev())
     total = pick(Bounds, flags).total_steps(
         train.lr_anneal_steps, train.batch_size * dist_util.get_world_size()
@@ -156,48 +72,7 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
     pick(OptimizationOptions, flags).lr_factor(0, train.lr_anneal_steps, total)
     liveness.doing("making the network", starting=True)
     seed_everything(flags["seed"], "initial weights")
-    return flags, TrainingData(stream, training, validation, size_flag)
-
-
-def _with_numbered_classes(flags: Flags) -> Flags:
-    """The class names of tar shards: numbers, unless the run to go on from knows better."""
-    if not flags["class_cond"]:
-        return flags
-    if not flags["num_classes"]:
-        raise UserError(
-            "--class_cond True: the classes in tar shards are not counted: give --num_classes"
-        )
-    known = flags.get("class_names") or [str(i) for i in range(flags["num_classes"])]
-    return {**flags, "class_names": known}
-
-
-def _open_shards(shards: list[str], flags: Flags, size_flag: str) -> ShardStream:
-    """The stream of a run on tar shards, of which the first image is checked."""
-    source, augment = pick(DataOptions, flags), pick(AugmentOptions, flags)
-    workers = workers_of(len(shards), source.num_workers)
-    if workers < source.num_workers:
-        log.warning(
-            f"--num_workers {source.num_workers}: {len(shards)} tar shards are enough for "
-            f"{workers} in each process; more shards let more workers read"
-        )
-    form = ShardFormat(
-        flags[size_flag],
-        flags["channels"],
-        parse_value_range(flags["value_range"]),
-        tuple(flags["class_names"]) if flags["class_cond"] else (),
-        source.labels_from,
-    )
-    form = dataclasses.replace(form, like=check_first(shards[0], form))
-    return ShardStream(
-        shards,
-        form,
-        flags["batch_size"],
-        flags["seed"],
-        workers,
-        dist_util.dev(),
-        flip=augment.random_flip,
-        crop=augment.random_crop,
-    )
+    return flags, data
 
 
 def _spread(flags: Flags, given: set[str]) -> Flags:
@@ -281,29 +156,6 @@ def _tell_changes(flags: Flags, stored: Flags) -> None:
     ]
     if changed:
         log.info(f"flags that changed since the last sitting: {', '.join(changed)}")
-
-
-def _with_classes(flags: Flags, images: ImageList) -> Flags:
-    """Fill in the number of classes and their names, from the data.
-
-    :raises ValueError: if the data has more classes than the model, or not those of the run that
-        is continued.
-    """
-    if not flags["class_cond"]:
-        return flags
-    found, wanted = list(images.class_names), flags["num_classes"] or len(images.class_names)
-    if len(found) == len(images.paths) > 1:
-        raise UserError(
-            f"--class_cond True: each of the {len(found)} images would be a class of its own; name "
-            "files CLASS_anything, or put each class into a folder and give --labels_from folder"
-        )
-    if len(found) > wanted:
-        raise UserError(
-            f"the data has {len(found)} classes ({', '.join(found[:5])}, ...), more than "
-            f"--num_classes {wanted}"
-        )
-    check_class_names(flags, images)
-    return {**flags, "num_classes": wanted, "class_names": found}
 
 
 def train(
@@ -399,70 +251,27 @@ def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
 def _watchers(diffusion: GaussianDiffusion, data: TrainingData, flags: Flags) -> list[Watcher]:
     """What looks at the run on the way."""
     watch = pick(WatchOptions, flags)
-    load = functools.partial(_load_fixed, data=data, flags=flags)
     watchers: list[Watcher] = []
     if data.validation:
         chosen = spread_out(data.validation, watch.val_images)
-        batches = load(chosen)  # once; they are the same each time
+        batches = load_shares(chosen, data, flags)  # once; they are the same each time
         validation = Validation(diffusion, lambda: batches, len(chosen.paths))
         watchers.append(ValidationWatcher(validation, watch.val_interval))
         if flags.get("value_range"):
             logger.log(f"val_bpd is in {bits_of_a_range(flags['value_range'])}")
     if watch.sample_interval:
-        if isinstance(data.stream, ShardStream):
-            reference, shown = (
-                _load_first(data.stream, count) for count in (REFERENCE_IMAGES, PREVIEW_IMAGES)
-            )
-        else:
-            reference = load(spread_out(data.training, REFERENCE_IMAGES), whole=True)
-            shown = load(spread_out(data.training, PREVIEW_IMAGES), whole=True)
+        reference, shown = (load_some(data, flags, n) for n in (REFERENCE_IMAGES, PREVIEW_IMAGES))
         previews = _previews(reference, shown, flags)
         watchers.append(PreviewWatcher(previews, watch.sample_interval))
     return watchers
 
 
-FixedBatch = tuple[Tensor, dict[str, Tensor], list[int]]
-
-
-def _load_fixed(
-    images: ImageList, data: TrainingData, flags: Flags, whole: bool = False
-) -> list[FixedBatch]:
-    """This process's share of fixed images, as batches with the images' indices.
-
-    In place of an empty share comes an image without an index.
-
-    :param whole: all images on every process.
-    """
-    size, channels = flags[data.size_flag], flags["channels"]
-    value_range = parse_value_range(flags.get("value_range", ""))
-    with keep_random_state():
-        how = {"channels": channels, "value_range": value_range}
-        if whole:
-            loaded = [load_all(open_dataset(images, size, **how))]
-        else:
-            count, batch_size = len(images.paths), flags["batch_size"]
-            loaded = list(load_once(images, count, batch_size, size, num_workers=0, **how))
-            if any(not indices for _, _, indices in loaded):
-                first, cond, _ = load_all(open_dataset(spread_out(images, 1), size, **how))
-                loaded = [entry if entry[2] else (first, cond, []) for entry in loaded]
-        change = data.stream.transform
-        return [(*change((batch, cond)), indices) for batch, cond, indices in loaded]
-
-
-def _load_first(stream: ShardStream, count: int) -> list[FixedBatch]:
-    """The first images of tar shards, on every process."""
-    with keep_random_state():
-        batch, indices = stream.first(count)
-        return [(*stream.transform(batch), indices)]
-
-
-def _previews(reference: list[FixedBatch], shown: list[FixedBatch], flags: Flags) -> Previews:
+def _previews(reference: FixedBatch, shown: FixedBatch, flags: Flags) -> Previews:
     """Previews under the conditions of images of the training set, classes in turn."""
     options = SuperResOptions if "large_size" in flags else ModelAndDiffusionOptions
     steps = str(min(PREVIEW_STEPS, flags["diffusion_steps"]))
     diffusion = pick(options, {**flags, "timestep_respacing": steps}).diffusion()
-    ((images, _, _),) = reference
-    ((_, cond, indices),) = shown
+    images, (_, cond, indices) = reference[0], shown
     if cond.keys() == {"y"}:  # low-resolution images keep the classes they are of
         cond["y"] = torch.arange(len(indices)) % flags["num_classes"]
     return Previews(diffusion, images.shape[1:], cond, images, len(indices), flags["batch_size"])

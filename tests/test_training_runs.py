@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from improved_diffusion import checkpoint, dist_util, runs, training_runs
+from improved_diffusion import checkpoint, dist_util, runs, training_data, training_runs
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import make_parser
 from improved_diffusion.script_util import ModelAndDiffusionOptions
@@ -63,7 +63,7 @@ def message_of(call, **arguments):
 
 def test_loader_is_asked_for_what_the_flags_say(prepare, digits_dir, monkeypatch):
     asked = {}
-    monkeypatch.setattr(training_runs, "load_data", lambda **arguments: asked.update(arguments))
+    monkeypatch.setattr(training_data, "load_data", lambda **arguments: asked.update(arguments))
     flags, data = prepare(
         seed=4,
         batch_size=6,
