@@ -11,6 +11,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 
+import blobfile as bf
 import numpy as np
 from _common import run
 from tqdm import tqdm
@@ -57,6 +58,8 @@ def pack(args: argparse.Namespace) -> None:
         raise UserError(f"{missing} is missing: pack.py FOLDER OUT --image_size 64")
     if args.num_workers < 0:
         raise UserError(f"--num_workers {args.num_workers}: must be at least 0")
+    if not bf.isdir(args.folder):
+        raise UserError(f"'{args.folder}' is no folder")
     value_range = parse_value_range(args.value_range)
     images = list_images(args.folder, True, args.labels_from, "folder", value_range)
     if images.packed is not None:

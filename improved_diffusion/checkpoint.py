@@ -173,6 +173,18 @@ def find_posthoc(folder: str) -> list[str]:
     return [bf.join(folder, name) for name in _names(folder) if re.fullmatch(_POSTHOC, name)]
 
 
+def find_shares(folder: str) -> list[str]:
+    """The folders of shares of the checkpoints in a run folder, by step.
+
+    :return: those that have a manifest, which may list damaged files.
+    """
+    import blobfile as bf
+
+    names = _names(folder)
+    steps = sorted(_steps(names, _MANIFEST))
+    return [bf.join(folder, sharded_name(step)) for step in steps if sharded_name(step) in names]
+
+
 def _names(folder: str) -> list[str]:
     import blobfile as bf
 
@@ -275,7 +287,10 @@ def write_manifest(folder: str, step: int, entries: Mapping[str, Any]) -> None:
     import blobfile as bf
 
     manifest = json.dumps({"step": step, "files": dict(entries)}, indent=1) + "\n"
-    write_file(bf.join(folder, manifest_name(step)), manifest.encode())
+    path = bf.join(folder, manifest_name(step))
+    write_file(path, manifest.encode())
+    if bf.exists(path + SET_ASIDE):  # of an earlier checkpoint of this step
+        bf.remove(path + SET_ASIDE)
 
 
 def read_manifest(folder: str, step: int) -> dict[str, Any]:

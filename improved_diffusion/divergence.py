@@ -68,8 +68,7 @@ def divergence_report(loop: TrainLoop, batch: Batch, cond: Cond) -> dict[str, An
 
     def compute() -> Tensor:
         dtype = PRECISIONS[loop.optimization.precision or "fp32"]
-        device = loop.device.type
-        model = autocast(loop.model, dtype, device) if dtype else loop.model
+        model = autocast(loop.model, dtype, loop.device.type) if dtype else loop.model
         parts = zip(loop.microbatches(batch, cond), loop.timesteps, strict=True)
         for (part, micro, micro_cond), t in parts:
             losses.append(loop.losses(model, micro, t, micro_cond, part)["loss"])

@@ -13,6 +13,7 @@ clock: a job that is suspended and resumed as a whole has missed none.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import selectors
@@ -244,7 +245,7 @@ class Hub(Watch):
         self.token = secrets.token_hex(8)
         self.all_here = threading.Event()
         self._strangers: set[socket.socket] = set()
-        self._began = time.monotonic()
+        self._began = math.inf  # until all are here, others say who is missing
         self._reports = 0
         self._server = open_port()
         self._selector.register(self._server, selectors.EVENT_READ, self._accept)

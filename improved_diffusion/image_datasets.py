@@ -152,6 +152,8 @@ def label(
 
 
 def _list_files(data_dir: str, flag: str, value_range: ValueRange | None) -> list[str]:
+    import blobfile as bf
+
     found = _list_recursively(data_dir, EXTENSIONS + VALUE_EXTENSIONS)
     pictures = [path for path in found if _extension(path) in EXTENSIONS]
     if value_range is None and found and not pictures:
@@ -162,7 +164,9 @@ def _list_files(data_dir: str, flag: str, value_range: ValueRange | None) -> lis
     paths = found if value_range is not None else pictures
     if not paths:
         wanted = EXTENSIONS + VALUE_EXTENSIONS if value_range is not None else EXTENSIONS
-        raise UserError(f"--{flag} '{data_dir}' holds no images ({', '.join(wanted)})")
+        tars = any(name.endswith(".tar") for name in bf.listdir(data_dir))
+        only = "; tar shards are for training alone" if tars else ""
+        raise UserError(f"--{flag} '{data_dir}' holds no images ({', '.join(wanted)}){only}")
     return paths
 
 

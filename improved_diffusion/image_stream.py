@@ -88,7 +88,8 @@ class GlobalBatchSampler:
         if size < batch_size * world_size:
             processes = f"{world_size} process{'es' if world_size > 1 else ''}"
             advice = (
-                f"lower --batch_size to {size // world_size} or less"
+                f"give at most --batch_size {size // world_size}, or --global_batch "
+                f"{size // world_size * world_size}"
                 if size >= world_size
                 else "start fewer processes"
             )

@@ -202,6 +202,8 @@ def open_packed(folder: str, thorough: bool = False) -> PackedSet:
     :raises ValueError: naming the file, if one is missing, damaged, or of a newer version.
     """
     path = os.path.join(folder, INDEX)
+    if not os.path.exists(path):
+        raise UserError(f"'{folder}' is no packed set: it holds no {INDEX}")
     index, checksum = _read_index(path)
     _check_sizes(folder, index)
     _check_checksums(folder, index, checksum, thorough)

@@ -119,14 +119,15 @@ def shard(model: nn.Module, options: ParallelOptions, dtype: torch.dtype | None)
     A block's parameters are gathered when it computes, and let go after it. The parameters become
     DTensors. Weights and sums of gradients stay float32.
 
-    :param dtype: what parameters are gathered in, as under autocast; None for float32.
+    :param dtype: what parameters are gathered in and the model computes in, by autocast, whoever
+        calls it; None for float32.
     """
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     policy = MixedPrecisionPolicy(
         param_dtype=dtype,
         reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # autocast does; timesteps stay exact
+        cast_forward_inputs=False,  # autocast does, below; timesteps stay exact
     )
     # resharded after every forward pass, also the root: weights may change between two of them
     how: dict[str, Any] = {
@@ -137,6 +138,24 @@ def shard(model: nn.Module, options: ParallelOptions, dtype: torch.dtype | None)
     for block in gathered_blocks(model):
         fully_shard(block, **how)
     fully_shard(model, **how)
+    if dtype is not None:
+        _compute_in(dtype, model)
+
+
+def _compute_in(dtype: torch.dtype, model: nn.Module) -> None:
+    """Let every forward pass run under autocast and return float32."""
+    entered: list[Any] = []
+
+    def enter(module: nn.Module, args: Any) -> None:
+        entered.append(torch.autocast(dist_util.dev().type, dtype=dtype))
+        entered[-1].__enter__()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> Any:
+        entered.pop().__exit__(None, None, None)
+        return output if output is None else output.float()  # None: the pass has failed
+
+    model.register_forward_pre_hook(enter)
+    model.register_forward_hook(leave, always_call=True)
 
 
 def _mesh(options: ParallelOptions) -> Any:

@@ -191,14 +191,20 @@ def check_class_names(flags: Flags, images: ImageList) -> None:
     trained = list(flags.get("class_names") or [])
     found = list(images.class_names)
     most = flags.get("num_classes") or NUM_CLASSES
-    if len(found) > most:
-        raise UserError(f"the data has {len(found)} classes, more than the model's {most}")
     if trained and found and trained != found:
-        odd = sorted(set(trained) ^ set(found))
+        sides = {"data": set(found) - set(trained), "checkpoint": set(trained) - set(found)}
+        odd = [f"only in the {side}: {_some(names)}" for side, names in sides.items() if names]
         raise UserError(
             f"the data's {len(found)} classes are not the {len(trained)} that the checkpoint was "
-            f"trained on: {', '.join(odd[:5])} on one side only"
+            f"trained on: {'; '.join(odd) or 'they come in another order'}"
         )
+    if len(found) > most:
+        raise UserError(f"the data has {len(found)} classes, more than the model's {most}")
+
+
+def _some(names: set[str]) -> str:
+    """At most five of the names, in order."""
+    return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
 
 
 # -- from a checkpoint ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ def load_model(model: nn.Module, path: str) -> None:
     :raises ValueError: naming the flags or the keys that differ, if it does not fit; see also
         :func:`.dist_util.load_state_dict`.
     """
-    if checkpoint.is_sharded(path.rstrip("/")):
+    if checkpoint.is_sharded(path.rstrip("/")) or checkpoint.find_shares(path):
         raise UserError(
             f"checkpoint '{path}' is in shares: python scripts/merge_checkpoint.py --checkpoint "
             f"{path} makes model*.pt and ema_*.pt of it"

@@ -269,8 +269,9 @@ class TrainLoop:
         self.ddp_model = replicate(self.model, self.device, parts) if self.use_ddp else self.model
         dtype = self._dtype
         self._scaled_loss = self.use_fp16 or dtype is torch.float16
-        device = self.device.type
-        self._network = autocast(self.ddp_model, dtype, device) if dtype else self.ddp_model
+        self._network: Model = self.ddp_model
+        if dtype and not self.parallel.sharded:  # which computes in that type by itself
+            self._network = autocast(self.ddp_model, dtype, self.device.type)
 
     @property
     def global_step(self) -> int:

@@ -139,6 +139,8 @@ def _with_classes(flags: Flags, images: ImageList) -> Flags:
             f"--class_cond True: each of the {len(found)} images would be a class of its own; name "
             "files CLASS_anything, or put each class into a folder and give --labels_from folder"
         )
+    if flags.get("class_names"):
+        check_class_names(flags, images)
     if len(found) > wanted:
         raise UserError(
             f"the data has {len(found)} classes ({', '.join(found[:5])}, ...), more than "

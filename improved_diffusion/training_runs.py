@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
 
 import torch
@@ -240,6 +241,11 @@ def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
         logger.log(
             f"fully sharded: each process holds 1/{share} of weights, gradients, averages and "
             f"optimiser{copies}"
+        )
+    if data.validation and (loop.total_steps or math.inf) <= flags["val_interval"]:
+        logger.warn(
+            f"--val_interval {flags['val_interval']}: the run ends before validation images are "
+            "measured"
         )
     if flags["diffusion_steps"] > MANY_DIFFUSION_STEPS:
         logger.warn(

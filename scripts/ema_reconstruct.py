@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from improved_diffusion import checkpoint
+from improved_diffusion import checkpoint, sharded
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import write_tensors
@@ -74,11 +74,29 @@ def check_places(options: ReconstructOptions) -> None:
 def find_snapshots(folder: str) -> list[Snapshot]:
     """The snapshots of a run folder that average anything, oldest first."""
     snapshots = read_snapshots(checkpoint.find_posthoc(folder))
+    _refuse_shares(folder)
     if not snapshots:
         raise UserError(
             f"--run {folder} holds no snapshots posthoc_*.pt: train with --posthoc_ema 0.05,0.1"
         )
     return snapshots
+
+
+def _refuse_shares(folder: str) -> None:
+    """Refuse a folder of which some snapshots could not be seen."""
+    import blobfile as bf
+
+    unseen = [
+        name
+        for path in checkpoint.find_shares(folder)
+        for name in sharded.ShardedCheckpoint(path).names
+        if name.startswith("posthoc") and not bf.exists(bf.join(folder, name))
+    ]
+    if unseen:
+        raise UserError(
+            f"--run {folder}: {len(unseen)} snapshots, such as {unseen[0]}, are still in shares: "
+            f"python scripts/merge_checkpoint.py --checkpoint {folder} --all True"
+        )
 
 
 def end_of_average(step: int, snapshots: Sequence[Snapshot]) -> int:

@@ -14,6 +14,7 @@ class MergeOptions:
     """What to merge, and where the files go."""
 
     checkpoint: str = option("", "folder shardedNNNNNN, or a run folder for its newest checkpoint")
+    all: bool = option(False, "merge every checkpoint in shares of a run folder")
     out_dir: str = option("", "folder for the files, which may be new; '': beside the shares")
 
     def __post_init__(self) -> None:
@@ -25,17 +26,35 @@ class MergeOptions:
 
 def main() -> None:
     options = pick(MergeOptions, vars(create_argparser().parse_args()))
-    path = find_shares(options.checkpoint.rstrip("/"))
-    out_dir = options.out_dir or os.path.dirname(path) or "."
+    paths = find_all(options.checkpoint) if options.all else [find_one(options.checkpoint)]
+    run = os.path.dirname(paths[0]) or "."
+    out_dir = options.out_dir or run
     os.makedirs(out_dir, exist_ok=True)
-    sharded.merge(path, out_dir, report=lambda file: print(f"wrote {file}", flush=True))
+    for path in paths:
+        sharded.merge(path, out_dir, report=lambda file: print(f"wrote {file}", flush=True))
+    if not options.out_dir and checkpoint.load_config(run).get("keep_checkpoints"):
+        print("the run's --keep_checkpoints will remove these files, too, when their step is old")
 
 
-def find_shares(path: str) -> str:
+def find_all(run: str) -> list[str]:
+    """The folders of shares of all whole checkpoints of a run folder.
+
+    :raises ValueError: if there is none, or one is damaged.
+    """
+    if not os.path.isdir(run):
+        raise UserError(f"--checkpoint {run} does not exist or is no folder")
+    shares = checkpoint.find_shares(run)
+    if not shares:
+        raise UserError(f"--checkpoint {run} holds no checkpoint in shares: nothing to merge")
+    return [find_one(path) for path in shares]
+
+
+def find_one(path: str) -> str:
     """The folder of shares of a whole checkpoint.
 
     :raises ValueError: if there is none, it is damaged, or it is an ordinary one.
     """
+    path = path.rstrip("/")
     if not os.path.isdir(path):
         raise UserError(f"--checkpoint {path} does not exist or is no folder")
     found = checkpoint.locate(path, "checkpoint")

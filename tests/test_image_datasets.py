@@ -555,7 +555,7 @@ def test_fewer_images_than_a_global_batch_is_an_error_with_both_numbers(
 
 
 def test_suggested_batch_size_works():
-    with pytest.raises(UserError, match="--batch_size to 3 or less"):
+    with pytest.raises(UserError, match="--batch_size 3, or --global_batch 12"):
         GlobalBatchSampler(15, 4, 0, 0, 4)
     GlobalBatchSampler(15, 3, 0, 0, 4)
 

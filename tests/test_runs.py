@@ -121,11 +121,17 @@ def test_classes_that_agree_or_are_unknown_pass(trained, found):
 
 
 @pytest.mark.parametrize(
-    ("found", "odd"), [(["a", "b"], "c"), (["a", "b", "c", "d"], "d"), (["a", "b", "x"], "c, x")]
+    ("found", "odd"),
+    [
+        (["a", "b"], "only in the checkpoint: c"),
+        (["a", "b", "c", "d"], "only in the data: d"),
+        (["a", "b", "x"], "only in the data: x; only in the checkpoint: c"),
+        (["a", "b", "c", *"123456"], r"only in the data: 1, 2, 3, 4, 5, \.\.\."),
+    ],
 )
 def test_other_classes_than_the_checkpoints_are_named(found, odd):
     flags = make_flags(class_cond=True, class_names=["a", "b", "c"])
-    with pytest.raises(UserError, match=f"{len(found)} classes .* 3 .*: {odd} on one side"):
+    with pytest.raises(UserError, match=f"{len(found)} classes .* 3 .*: {odd}$"):
         runs.check_class_names(flags, images(*found))
 
 

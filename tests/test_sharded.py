@@ -50,7 +50,11 @@ def files_of(step=STEP, value=1.0):
         checkpoint.state_name(step): {"step": step, "pending": [(torch.ones(2), {"loss": 1.5})]},
         checkpoint.opt_name(step): {"state": {0: moments, 1: {}}, "param_groups": groups},
         checkpoint.ema_name("0.9", step): {key: 2 * w for key, w in weights.items()},
-        checkpoint.posthoc_name(0.1, step): {"updates": step, "weights": dict(weights)},
+        checkpoint.posthoc_name(0.1, step): {
+            "updates": step,
+            "sigma_rel": 0.1,
+            "weights": dict(weights),
+        },
         checkpoint.model_name(step): weights,
     }
 
@@ -319,9 +323,34 @@ def test_mistakes_are_one_line(tmp_path, digits_dir, run_script):
 
 def test_shares_are_no_weights_to_sample_from(run, run_script):
     folder, _ = run
-    done = run_script("image_sample", {"model_path": "sharded000020"}, cwd=folder)
-    assert "merge_checkpoint.py --checkpoint sharded000020 makes model*.pt" in error_of(done)
+    for path in ("sharded000020", str(folder)):
+        done = run_script("image_sample", {"model_path": path}, cwd=folder)
+        assert f"merge_checkpoint.py --checkpoint {path} makes model*.pt" in error_of(done)
     assert Path(script_path("merge_checkpoint")).exists()
+
+
+def test_snapshots_in_shares_are_merged_before_averages_are_made(run, group, run_script):
+    folder, _ = run
+    sharded.write_checkpoint(str(folder), 30, files_of(30), group)
+    done = run_script("ema_reconstruct", {"run": "."}, cwd=folder)
+    assert "2 snapshots, such as posthoc_0.1_000020.pt, are still in shares" in error_of(done)
+    checkpoint.save_config(str(folder), {"keep_checkpoints": 2})
+    done = succeed(run_script("merge_checkpoint", {"checkpoint": ".", "all": True}, cwd=folder))
+    assert "--keep_checkpoints will remove these files, too" in done.stdout
+    assert {path.name for path in folder.glob("posthoc*")} == {
+        "posthoc_0.1_000020.pt",
+        "posthoc_0.1_000030.pt",
+    }
+    succeed(run_script("ema_reconstruct", {"run": "."}, cwd=folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_is_watched(tmp_path, digits_dir, precision):
+    flags = {**FLAGS, **CHECKS, **FSDP, "data_dir": digits_dir, "train_steps": 7}
+    succeed(launch("torchrun", flags, cwd=tmp_path, precision=precision))
+    assert 0 < last_of("val_ema_bpd", tmp_path / "run") < 50
+    assert (tmp_path / "run" / "preview_000006.png").exists()
 
 
 @pytest.mark.parametrize(

@@ -291,7 +291,13 @@ def test_unchanged_flags_are_not_told(prepare, run_dir, caplog):
 def test_continued_run_needs_the_classes_of_its_checkpoint(prepare, run_dir):
     flags = {"class_cond": True, "num_classes": 11, "class_names": [*"0123456789", "x"]}
     write_checkpoint(run_dir, 4, **flags)
-    assert "x on one side only" in message_of(prepare, class_cond=True)
+    assert "only in the checkpoint: x" in message_of(prepare, class_cond=True)
+
+
+def test_class_that_was_added_since_the_checkpoint_is_named(prepare, run_dir):
+    flags = {"class_cond": True, "num_classes": 9, "class_names": [*"012345678"]}
+    write_checkpoint(run_dir, 4, **flags)
+    assert "only in the data: 9" in message_of(prepare, class_cond=True)
 
 
 def test_more_classes_than_asked_for_are_an_error(prepare):
