@@ -6,6 +6,7 @@ place it writes the file ready.RANK in the folder that the second argument names
 
 import ctypes
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -129,6 +130,7 @@ def main():
 
 if __name__ == "__main__":
     if len(sys.argv) > 3 and sys.argv[3] == "bare":
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's "&" ignores it
         main()
     else:
         dist_util.run_main(main)
