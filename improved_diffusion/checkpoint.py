@@ -176,13 +176,19 @@ def find_posthoc(folder: str) -> list[str]:
 def find_shares(folder: str) -> list[str]:
     """The folders of shares of the checkpoints in a run folder, by step.
 
-    :return: those that have a manifest, which may list damaged files.
+    :return: those that a manifest lists; files of them may be damaged.
+    :raises ValueError: if a manifest is damaged.
     """
     import blobfile as bf
 
     names = _names(folder)
-    steps = sorted(_steps(names, _MANIFEST))
-    return [bf.join(folder, sharded_name(step)) for step in steps if sharded_name(step) in names]
+    steps = [step for step in sorted(_steps(names, _MANIFEST)) if sharded_name(step) in names]
+    return [bf.join(folder, sharded_name(step)) for step in steps if _has_shares(folder, step)]
+
+
+def _has_shares(folder: str, step: int) -> bool:
+    """Whether the shares belong to the checkpoint, and are not left from an earlier one."""
+    return any(name.startswith(sharded_name(step)) for name in read_manifest(folder, step))
 
 
 def _names(folder: str) -> list[str]:

@@ -57,10 +57,9 @@ def write_checkpoint(
         checkpoint.discard(folder, step)
         shutil.rmtree(path, ignore_errors=True)  # shares of other processes than now
         os.makedirs(path)
-        written = {state: (folder, files[state]), f"{name}/{STRUCTURE}": (folder, structure)}
+        written = {state: files[state], f"{name}/{STRUCTURE}": structure}
         return {
-            key: write_tensors(os.path.join(place, key), value)
-            for key, (place, value) in written.items()
+            key: write_tensors(os.path.join(folder, key), value) for key, value in written.items()
         }
 
     def measure() -> dict[str, Any]:

@@ -59,8 +59,8 @@ def find_one(path: str) -> str:
         raise UserError(f"--checkpoint {path} does not exist or is no folder")
     found = checkpoint.locate(path, "checkpoint")
     step = checkpoint.parse_resume_step_from_filename(found)
-    shares = os.path.join(os.path.dirname(found), checkpoint.sharded_name(step))
-    if not os.path.isdir(shares):
+    shares = os.path.join(os.path.dirname(found) or ".", checkpoint.sharded_name(step))
+    if shares not in checkpoint.find_shares(os.path.dirname(shares)):
         raise UserError(f"--checkpoint {path}: {found} is an ordinary file, nothing to merge")
     return shares
 

@@ -344,6 +344,17 @@ def test_snapshots_in_shares_are_merged_before_averages_are_made(run, group, run
     succeed(run_script("ema_reconstruct", {"run": "."}, cwd=folder))
 
 
+def test_shares_of_an_earlier_checkpoint_are_not_merged_over_a_later_one(run, run_script):
+    folder, _ = run
+    succeed(run_script("merge_checkpoint", {"checkpoint": "sharded000020"}, cwd=folder))
+    later = files_of(value=5.0)
+    checkpoint.write_checkpoint(str(folder), STEP, later)  # by a run that went back, unshared
+    for path in (".", "sharded000020"):
+        done = run_script("merge_checkpoint", {"checkpoint": path}, cwd=folder)
+        assert "nothing to merge" in error_of(done)
+    assert same(torch.load(folder / "model000020.pt"), later["model000020.pt"])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_is_watched(tmp_path, digits_dir, precision):
