@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
+from .predictions import ModelMeanType, coefficients, path_scale, to_x_start
 from .rng import Generator, randn, randn_like
 from .schedules import betas_for_alpha_bar, get_named_beta_schedule
 from .tables import _extract_into_tensor, read_only
@@ -35,14 +36,6 @@ __all__ = [
 Model = Callable[..., Tensor]
 Denoised = Callable[[Tensor], Tensor] | None
 ModelKwargs = dict[str, Any] | None
-
-
-class ModelMeanType(enum.Enum):
-    """What the network predicts."""
-
-    PREVIOUS_X = enum.auto()  # the mean of x_{t-1}
-    START_X = enum.auto()  # x_0
-    EPSILON = enum.auto()  # the noise
 
 
 class ModelVarType(enum.Enum):
@@ -121,8 +114,9 @@ class GaussianDiffusion:
         self.sqrt_alphas_cumprod = np.sqrt(alphas_cumprod)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - alphas_cumprod)
         self.log_one_minus_alphas_cumprod = np.log(1.0 - alphas_cumprod)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod - 1)
+        with np.errstate(divide="ignore"):  # infinite where no signal is left
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / alphas_cumprod - 1)
 
         # q(x_{t-1} | x_t, x_0), DDPM eq. 7
         alphas_cumprod_prev = self.alphas_cumprod_prev
@@ -134,6 +128,12 @@ class GaussianDiffusion:
         self.posterior_mean_coef2 = (
             (1.0 - alphas_cumprod_prev) * np.sqrt(alphas) / (1.0 - alphas_cumprod)
         )
+
+        kind = self.model_mean_type
+        if kind in (ModelMeanType.V, ModelMeanType.FLOW):
+            self._target_of_xstart, self._target_of_noise = coefficients(kind, alphas_cumprod)
+            self._xstart_of_x_t, self._xstart_of_output = to_x_start(kind, alphas_cumprod)
+            self._path_scale = path_scale(alphas_cumprod)
 
         # The variances that p can take, as tables
         self._log_betas = np.log(betas)
@@ -222,7 +222,7 @@ class GaussianDiffusion:
         :param model_kwargs: keyword arguments for the model, such as class labels ``y``.
         :return: "mean", "variance", "log_variance", "pred_xstart", each [N, C, ...].
         """
-        output = model(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        output = self._evaluate(model, x, t, model_kwargs)
         output, variance, log_variance = self._p_variance(output, x, t)
 
         def process(x_start: Tensor) -> Tensor:
@@ -234,9 +234,7 @@ class GaussianDiffusion:
             mean = output
             pred_xstart = process(self._predict_xstart_from_xprev(x_t=x, t=t, xprev=output))
         else:
-            if self.model_mean_type == ModelMeanType.EPSILON:
-                output = self._predict_xstart_from_eps(x_t=x, t=t, eps=output)
-            pred_xstart = process(output)
+            pred_xstart = process(self._predict_xstart(x, t, output))
             mean, _, _ = self.q_posterior_mean_variance(x_start=pred_xstart, x_t=x, t=t)
 
         assert mean.shape == log_variance.shape == pred_xstart.shape == x.shape
@@ -246,6 +244,12 @@ class GaussianDiffusion:
             "log_variance": log_variance,
             "pred_xstart": pred_xstart,
         }
+
+    def _evaluate(self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
+        """The model's output; a model of the flow sees the linear path's point instead of x_t."""
+        if self.model_mean_type == ModelMeanType.FLOW:
+            x_t = _extract_into_tensor(self._path_scale, t, x_t.shape) * x_t
+        return model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
 
     def _p_variance(
         self, model_output: Tensor, x: Tensor, t: Tensor
@@ -282,6 +286,17 @@ class GaussianDiffusion:
     def _learns_variance(self) -> bool:
         return self.model_var_type in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 
+    def _predict_xstart(self, x_t: Tensor, t: Tensor, output: Tensor) -> Tensor:
+        """x_0 by the model's prediction, [N, C, ...] each."""
+        if self.model_mean_type == ModelMeanType.START_X:
+            return output
+        if self.model_mean_type == ModelMeanType.EPSILON:
+            return self._predict_xstart_from_eps(x_t=x_t, t=t, eps=output)
+        return (
+            _extract_into_tensor(self._xstart_of_x_t, t, x_t.shape) * x_t
+            + _extract_into_tensor(self._xstart_of_output, t, x_t.shape) * output
+        )
+
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """DDPM eq. 4 solved for x_0."""
         assert x_t.shape == eps.shape
@@ -298,10 +313,11 @@ class GaussianDiffusion:
         return (xprev - coef2 * x_t) / coef1
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
-        """DDPM eq. 4 solved for the noise."""
-        return (
-            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t - pred_xstart
-        ) / _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
+        """DDPM eq. 4 solved for the noise; it is x_t where no signal is left."""
+        recip = _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape)
+        recipm1 = _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
+        eps = (recip * x_t - pred_xstart) / recipm1
+        return torch.where(recip.isinf(), x_t, eps) if self.alphas_cumprod[-1] == 0 else eps
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps as the model sees them, [N]."""
@@ -600,21 +616,28 @@ class GaussianDiffusion:
             return {"loss": scale * bound}
 
         terms = {}
-        output = model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
+        output = self._evaluate(model, x_t, t, model_kwargs)
         if self._learns_variance:
             terms["vb"] = self._variance_loss(output, x_start, x_t, t)
             output, _ = output.chunk(2, dim=1)
-        target = {
-            ModelMeanType.PREVIOUS_X: lambda: self.q_posterior_mean_variance(
-                x_start=x_start, x_t=x_t, t=t
-            )[0],
-            ModelMeanType.START_X: lambda: x_start,
-            ModelMeanType.EPSILON: lambda: noise,
-        }[self.model_mean_type]()
+        target = self._target(x_start, x_t, t, noise)
         assert output.shape == target.shape == x_start.shape
         terms["mse"] = mean_flat((target - output) ** 2)
         terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
         return terms
+
+    def _target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """What the model should predict, [N, C, ...]."""
+        if self.model_mean_type == ModelMeanType.PREVIOUS_X:
+            return self.q_posterior_mean_variance(x_start=x_start, x_t=x_t, t=t)[0]
+        if self.model_mean_type == ModelMeanType.START_X:
+            return x_start
+        if self.model_mean_type == ModelMeanType.EPSILON:
+            return noise
+        return (
+            _extract_into_tensor(self._target_of_xstart, t, x_t.shape) * x_start
+            + _extract_into_tensor(self._target_of_noise, t, x_t.shape) * noise
+        )
 
     def _variance_loss(
         self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor

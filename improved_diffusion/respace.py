@@ -96,6 +96,7 @@ class SpacedDiffusion(GaussianDiffusion):
         base = GaussianDiffusion(**kwargs)
         self.timestep_map = sorted(self.use_timesteps & set(range(self.original_num_steps)))
         self._timestep_map = read_only(np.array(self.timestep_map, dtype=np.int64))
+        self.original_alphas_cumprod = base.alphas_cumprod
         alpha_bar = base.alphas_cumprod[self.timestep_map]
         kwargs["betas"] = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])  # IDDPM eq. 19
         super().__init__(**kwargs)

@@ -12,7 +12,7 @@ from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.schedules import get_named_beta_schedule
 
 GOLDEN = Path(__file__).parent / "golden"
-MEANS = [kind.name for kind in ModelMeanType]
+MEANS = ["PREVIOUS_X", "START_X", "EPSILON"]  # of which numbers are recorded
 VARIANCES = [kind.name for kind in ModelVarType]
 LOSSES = [kind.name for kind in LossType]
 

@@ -15,12 +15,13 @@ import math
 import numpy as np
 import pytest
 import torch
-from golden_data import MEANS, VARIANCES, make_diffusion
+from golden_data import VARIANCES, make_diffusion
 from torch.distributions import Normal, kl_divergence
 
 from improved_diffusion.gaussian_diffusion import ModelMeanType, ModelVarType
 from improved_diffusion.losses import approx_standard_normal_cdf
 
+MEANS = [kind.name for kind in ModelMeanType]
 MU, S = 0.2, 0.3
 STEPS = 40
 COUNT = 30_000  # values where moments are measured; few enough that torch stays on one thread
@@ -50,6 +51,15 @@ class GaussianData:
         gain = np.sqrt(self.alpha[i]) * self.v_prev[i] / self.v[i]
         return self.m_prev[i] + gain * (x - self.m[i])
 
+    def v_prediction(self, x, i):
+        a, s = np.sqrt(self.alpha_bar[i]), np.sqrt(1 - self.alpha_bar[i])
+        return a * self.eps(x, i) - s * self.x_start(x, i)
+
+    def velocity(self, x_tau, i):
+        """At a point of the linear path, which is x_t / (a + s)."""
+        x = x_tau * (np.sqrt(self.alpha_bar[i]) + np.sqrt(1 - self.alpha_bar[i]))
+        return self.eps(x, i) - self.x_start(x, i)
+
     def model(self, x, t):
         """The best model of the process's mean and variance types."""
         (original,) = set(t.tolist())
@@ -58,6 +68,8 @@ class GaussianData:
             ModelMeanType.EPSILON: self.eps,
             ModelMeanType.START_X: self.x_start,
             ModelMeanType.PREVIOUS_X: self.previous,
+            ModelMeanType.V: self.v_prediction,
+            ModelMeanType.FLOW: self.velocity,
         }[self.diffusion.model_mean_type]
         return self.with_variance(predict(x, i), i)
 

@@ -134,8 +134,8 @@ def test_method_takes_the_recorded_parameters(module, name, method, parameters):
 
 
 @pytest.mark.parametrize(("module", "name", "members"), MEMBERS, ids=ids(MEMBERS))
-def test_enum_has_the_recorded_members(module, name, members):
-    assert [member.name for member in public(module, name)] == members
+def test_enum_begins_with_the_recorded_members(module, name, members):
+    assert [member.name for member in public(module, name)][: len(members)] == members
 
 
 @pytest.mark.parametrize(("module", "name", "prop"), PROPERTIES, ids=ids(PROPERTIES, 3))
