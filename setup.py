@@ -12,6 +12,7 @@ demo = ["scikit-learn>=1.3"]
 lsun = ["lmdb>=1.4"]
 scientific = ["tifffile>=2023.1.23", "imagecodecs>=2023.1.23"]
 webdataset = ["webdataset>=1.0"]
+ode = ["scipy>=1.10"]
 
 setup(
     name="improved-diffusion",
@@ -32,12 +33,13 @@ setup(
         "pillow>=9.4",
     ],
     extras_require={
-        "test": [*test, *mpi, *tensorboard, *demo, *lsun, *scientific, *webdataset],
+        "test": [*test, *mpi, *tensorboard, *demo, *lsun, *scientific, *webdataset, *ode],
         "mpi": mpi,
         "tensorboard": tensorboard,
         "demo": demo,
         "lsun": lsun,
         "scientific": scientific,
         "webdataset": webdataset,
+        "ode": ode,
     },
 )

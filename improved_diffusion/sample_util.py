@@ -1,13 +1,12 @@
-"""Many samples from one model: seeded by index, shared among processes, written as files."""
+"""Many samples: their classes, their sharing among processes, the files they end in."""
 
 from __future__ import annotations
 
 import io
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,40 +16,16 @@ from torch import Tensor
 from . import dist_util
 from .errors import UserError
 from .files import open_whole, write_file
-from .flags import option, require, require_at_least
-from .gaussian_diffusion import GaussianDiffusion, Model
 from .pixels import PIL_MODES, ValueRange
-from .rng import derive_seed, sample_generators
+from .rng import derive_seed
+from .sample_parts import SampleParts
+
+log = logging.getLogger(__name__)
 
 GRID_SAMPLES = 100  # at most, in grid.png
 GRID_CELL = 48  # pixels: smaller images are enlarged by a whole factor
 GRID_GAP = 2  # pixels between images
 GRID_GREY = 96  # level of the gap
-
-
-@dataclass(frozen=True)
-class SampleOptions:
-    """How many samples to draw, and how."""
-
-    clip_denoised: bool = option(True, "clamp each estimate of the image to the range of images")
-    num_samples: int = option(10000, "how many images to make")
-    batch_size: int = option(16, "images at a time and process; does not change the images")
-    use_ddim: bool = option(False, "sample by DDIM rather than DDPM")
-    model_path: str = option("", "checkpoint; its flags are read from the folder it lies in")
-    eta: float = option(0.0, "with --use_ddim: randomness from 0, none, to 1, like DDPM")
-    classes: str = option(
-        "", "classes to make in turn: numbers or names such as '3,7', or 'all'; '': at random"
-    )
-    save_png: bool = option(
-        False,
-        "also write each image as a PNG file; with --value_range as 16-bit grey PNG or .npy",
-    )
-
-    def __post_init__(self) -> None:
-        require_at_least(1, self, ["num_samples", "batch_size"])
-        require(0 <= self.eta <= 1, "eta", self.eta, "in [0, 1]")
-        if self.eta and not self.use_ddim:
-            raise UserError(f"--eta {self.eta} needs --use_ddim True: DDPM has no eta")
 
 
 def check_png(save_png: bool, channels: int, value_range: ValueRange | None = None) -> None:
@@ -107,33 +82,6 @@ def class_labels(
     return torch.tensor([int(draw.integers(num_classes)) for draw in draws])
 
 
-def draw_samples(
-    model: Model,
-    diffusion: GaussianDiffusion,
-    indices: Sequence[int],
-    image_shape: Sequence[int],
-    options: SampleOptions,
-    seed: int,
-    model_kwargs: dict[str, Any],
-) -> Tensor:
-    """Draw the samples of the given indices by DDPM or DDIM.
-
-    :param image_shape: (C, H, W).
-    :param model_kwargs: for the model, with N = len(indices) rows each.
-    :return: float32 [N, C, H, W], mostly in [-1, 1].
-    """
-    arguments: dict[str, Any] = {
-        "clip_denoised": options.clip_denoised,
-        "model_kwargs": model_kwargs,
-        "device": dist_util.dev(),
-        "generator": sample_generators(seed, indices),
-    }
-    shape = (len(indices), *image_shape)
-    if options.use_ddim:
-        return diffusion.ddim_sample_loop(model, shape, eta=options.eta, **arguments)
-    return diffusion.p_sample_loop(model, shape, **arguments)
-
-
 def to_uint8(samples: Tensor) -> Tensor:
     """[N, C, H, W] in [-1, 1] as uint8 [N, H, W, C], truncated as ever rather than rounded."""
     levels = ((samples + 1) * 127.5).clamp(0, 255).to(torch.uint8)
@@ -169,51 +117,99 @@ def store_type(value_range: ValueRange | None) -> np.dtype:
     return np.dtype(np.uint16 if whole else np.float32)
 
 
+class _Rows:
+    """Images and labels by index, in arrays that are made when the first come."""
+
+    def __init__(self, num_samples: int) -> None:
+        self.missing = np.ones(num_samples, dtype=bool)
+        self.images: np.ndarray | None = None
+        self.labels: np.ndarray | None = None
+
+    def put(self, start: int, images: np.ndarray, labels: np.ndarray | None) -> None:
+        """Take the rows of the indices from ``start`` on."""
+        total = len(self.missing)
+        if self.images is None:
+            self.images = np.empty((total, *images.shape[1:]), images.dtype)
+            self.labels = None if labels is None else np.empty(total, labels.dtype)
+        rows = slice(start, start + len(images))
+        self.images[rows] = images
+        if labels is not None and self.labels is not None:
+            self.labels[rows] = labels
+        self.missing[rows] = False
+
+    def gaps(self) -> list[tuple[int, int]]:
+        """The runs of missing indices, [start, stop) each."""
+        edges = np.flatnonzero(np.diff(self.missing, prepend=False, append=False)).tolist()
+        return list(zip(edges[::2], edges[1::2], strict=True))
+
+
 def collect_samples(
     make: Callable[[list[int]], tuple[Tensor, Tensor | None]],
     num_samples: int,
     batch_size: int,
     progress: bool = True,
+    parts: SampleParts | None = None,
 ) -> tuple[np.ndarray, np.ndarray | None] | None:
     """Make samples on all processes and bring them together, with a progress bar.
 
     :param make: from global indices to uint8 [N, H, W, C] images (or other rows [N, ...]) and
-        int64 [N] labels or None. Indices may reach past ``num_samples``; those are dropped.
+        int64 [N] labels or None. Indices may reach past those that are missing; those are dropped.
     :param batch_size: the most samples that one call makes.
     :param progress: show the bar.
+    :param parts: samples made before, which are not made again; what each round adds goes there.
     :return: on the first process uint8 [num_samples, H, W, C] and int64 [num_samples] or None,
         in the order of the indices; None on other processes.
     """
     from tqdm.auto import tqdm
 
-    images: list[np.ndarray] = []
-    labels: list[np.ndarray] = []
-    hidden = not progress or dist_util.get_rank() != 0
-    with tqdm(total=num_samples, unit="image", disable=hidden) as bar:
-        for shares in _rounds(num_samples, batch_size, dist_util.get_world_size()):
+    rows = _Rows(num_samples)
+    gaps = rows.gaps()
+    if parts is not None:
+        gaps = dist_util.on_first_rank(lambda: _recall(parts, rows))
+    first = dist_util.get_rank() == 0
+    there = num_samples - sum(stop - start for start, stop in gaps)
+    hidden = not progress or not first
+    with tqdm(total=num_samples, initial=there, unit="image", disable=hidden) as bar:
+        for stop, shares in _rounds(gaps, batch_size, dist_util.get_world_size()):
             made, classes = make(shares[dist_util.get_rank()])
-            images.append(_gather(made))
-            if classes is not None:
-                labels.append(_gather(classes.to(made.device)))
-            done = min(num_samples, bar.n + sum(map(len, shares)))
-            bar.update(done - bar.n)
-    if dist_util.get_rank() != 0:
+            start = shares[0][0]
+            images = _gather(made)[: stop - start]
+            labels = None if classes is None else _gather(classes.to(made.device))[: stop - start]
+            if first:
+                rows.put(start, images, labels)
+                if parts is not None:
+                    parts.write(start, images, labels)
+            bar.update(len(images))
+    if not first:
         return None
-    together = np.concatenate(images)[:num_samples]
-    return together, np.concatenate(labels)[:num_samples] if labels else None
+    assert rows.images is not None
+    return rows.images, rows.labels
 
 
-def _rounds(num_samples: int, batch_size: int, world_size: int) -> Iterator[list[list[int]]]:
-    """Split indices into rounds, and rounds into equal shares, one for each process.
+def _recall(parts: SampleParts, rows: _Rows) -> list[tuple[int, int]]:
+    """Take the samples that are there, and say how many; the runs of indices that are not."""
+    for start, images, labels in parts.read(len(rows.missing)):
+        rows.put(start, images, labels)
+    there = len(rows.missing) - int(rows.missing.sum())
+    if there:
+        log.info(f"going on: {there} of {len(rows.missing)} samples are in {parts.folder}")
+    return rows.gaps()
 
-    The shares of the last round may reach past ``num_samples``, to be equal.
+
+def _rounds(
+    gaps: Sequence[tuple[int, int]], batch_size: int, world_size: int
+) -> Iterator[tuple[int, list[list[int]]]]:
+    """Split runs of indices into rounds, and rounds into equal shares, one for each process.
+
+    :return: of each round the end of its run, which the shares of the last round of a run may
+        reach past, to be equal; and the shares.
     """
-    start = 0
-    while start < num_samples:
-        size = min(batch_size, math.ceil((num_samples - start) / world_size))
-        starts = range(start, start + size * world_size, size)
-        yield [list(range(first, first + size)) for first in starts]
-        start += size * world_size
+    for start, stop in gaps:
+        while start < stop:
+            size = min(batch_size, math.ceil((stop - start) / world_size))
+            starts = range(start, start + size * world_size, size)
+            yield stop, [list(range(first, first + size)) for first in starts]
+            start += size * world_size
 
 
 def _gather(rows: Tensor) -> np.ndarray:

@@ -7,15 +7,20 @@ from improved_diffusion.checkpoint import describe_weights
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, pick
 from improved_diffusion.pixels import parse_value_range
+from improved_diffusion.sample_parts import SampleParts, deciding_flags
 from improved_diffusion.sample_util import (
-    SampleOptions,
     check_png,
     class_labels,
     collect_samples,
-    draw_samples,
     parse_classes,
     to_values,
     write_samples,
+)
+from improved_diffusion.sampling import (
+    SampleOptions,
+    check_sampler,
+    describe_sampler,
+    draw_samples,
 )
 from improved_diffusion.script_util import (
     ModelAndDiffusionOptions,
@@ -33,11 +38,15 @@ def main() -> None:
         **args_to_dict(flags, model_and_diffusion_defaults())
     )
     value_range = parse_value_range(flags["value_range"])
+    check_sampler(model, diffusion, options, flags["timestep_respacing"])
     check_png(options.save_png, flags["channels"], value_range)
     classes = parse_classes(options.classes, model.num_classes, flags["class_names"])
     runs.load_for_evaluation(model, options.model_path)
+    deciding = deciding_flags(flags | options.resolved(), model_path=model.state_dict().values())
+    parts = SampleParts(flags["log_dir"], deciding)
     runs.open_folder(flags["log_dir"], flags)
     logger.log(f"{options.model_path}: {describe_weights(options.model_path)}")
+    logger.log(describe_sampler(diffusion, options))
 
     def make(indices: list[int]) -> tuple[torch.Tensor, torch.Tensor | None]:
         shape = (flags["channels"], *height_width(flags["image_size"]))
@@ -48,7 +57,7 @@ def main() -> None:
         images = draw_samples(model, diffusion, indices, shape, options, flags["seed"], kwargs)
         return to_values(images, value_range), labels
 
-    result = collect_samples(make, options.num_samples, options.batch_size)
+    result = collect_samples(make, options.num_samples, options.batch_size, parts=parts)
     if result is not None:
         path = write_samples(
             flags["log_dir"],
@@ -58,6 +67,7 @@ def main() -> None:
             save_png=options.save_png,
             value_range=value_range,
         )
+        parts.remove()
         logger.log(f"sampling complete: {path}")
 
 

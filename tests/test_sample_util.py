@@ -1,24 +1,20 @@
-"""Samples that depend on seed and index alone, and the files they end in."""
+"""Classes of samples, their collection from all processes, and the files they end in."""
 
 import os
 
 import numpy as np
 import pytest
 import torch
-from golden_data import FormulaModel, make_diffusion
 from PIL import Image
 from script_runner import names, samples
-from toy import make_model
 
 from improved_diffusion import dist_util, sample_util
 from improved_diffusion.errors import UserError
 from improved_diffusion.pixels import normalize, read_image
 from improved_diffusion.sample_util import (
-    SampleOptions,
     check_png,
     class_labels,
     collect_samples,
-    draw_samples,
     grid,
     parse_classes,
     store_type,
@@ -28,35 +24,6 @@ from improved_diffusion.sample_util import (
 )
 
 GAP = sample_util.GRID_GAP
-
-
-@pytest.fixture(autouse=True)
-def _on_the_cpu(monkeypatch):
-    monkeypatch.setattr(dist_util, "dev", lambda: torch.device("cpu"))
-
-
-# -- options
-
-
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [
-        ({"num_samples": 0}, "--num_samples 0"),
-        ({"batch_size": -1}, "--batch_size -1"),
-        ({"eta": -0.1, "use_ddim": True}, "--eta -0.1"),
-        ({"eta": 1.1, "use_ddim": True}, "--eta 1.1"),
-        ({"eta": float("nan"), "use_ddim": True}, "--eta nan"),
-        ({"eta": 0.5}, "--eta 0.5 needs --use_ddim True"),
-    ],
-)
-def test_impossible_options_are_named(options, named):
-    with pytest.raises(UserError, match=named):
-        SampleOptions(**options)
-
-
-def test_eta_of_0_and_1_are_possible():
-    assert SampleOptions(eta=1.0, use_ddim=True).eta == 1
-    assert SampleOptions(eta=0.0).eta == 0
 
 
 # -- uint8
@@ -161,87 +128,6 @@ def test_random_labels_are_uniform():
     counts = torch.bincount(class_labels(range(3000), [], num_classes=3, seed=0), minlength=3)
     assert len(counts) == 3
     assert (counts - 1000).abs().max() < 5 * np.sqrt(3000 * 2 / 9)  # five standard deviations
-
-
-# -- drawing
-
-
-def draw(indices, *, model=None, seed=3, **options):
-    """Samples [N, 1, 8, 8] by 6 of 40 steps."""
-    diffusion = make_diffusion(40, schedule="cosine", respacing="6", rescale_timesteps=True)
-    model = model or FormulaModel()
-    with torch.no_grad():
-        return draw_samples(
-            model, diffusion, list(indices), (1, 8, 8), SampleOptions(**options), seed, {}
-        )
-
-
-SAMPLERS = {
-    "ddpm": {},
-    "ddim": {"use_ddim": True},
-    "ddim-eta": {"use_ddim": True, "eta": 0.7},
-}
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("network", [FormulaModel, make_model])
-def test_sample_is_the_same_image_in_any_batch(sampler, network):
-    model = network().eval()
-    options = {"model": model, **SAMPLERS[sampler]}
-    together = draw(range(8), **options)
-    assert together.shape == (8, 1, 8, 8)
-    torch.manual_seed(11)  # no draw comes from the global generator
-    for size in (1, 3):
-        parts = [range(start, min(start + size, 8)) for start in range(0, 8, size)]
-        split = torch.cat([draw(part, **options) for part in parts])
-        torch.testing.assert_close(split, together, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(draw([5, 2], **options), together[[5, 2]], atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize("sampler", SAMPLERS)
-def test_samples_of_two_indices_or_seeds_differ(sampler):
-    first = draw(range(3), **SAMPLERS[sampler])
-    other = draw(range(3), seed=4, **SAMPLERS[sampler])
-    flat = torch.cat([first, other]).flatten(1)
-    assert torch.pdist(flat).min() > 0.1
-
-
-def test_options_choose_the_sampler():
-    ddpm, ddim, noisy = (draw(range(2), **SAMPLERS[name]) for name in SAMPLERS)
-    assert (ddpm - ddim).abs().max() > 1e-2
-    assert (ddim - noisy).abs().max() > 1e-2
-    assert (ddpm - noisy).abs().max() > 1e-2
-
-
-def test_clipping_is_an_option():
-    class Loud(FormulaModel):
-        def forward(self, x, t, y=None):
-            return super().forward(3 * x, t, y)
-
-    assert draw([0], model=Loud()).abs().max() <= 1.5
-    assert draw([0], model=Loud(), clip_denoised=False).abs().max() > 1.5
-
-
-def test_global_generator_is_left_alone():
-    before = torch.get_rng_state()
-    draw([0, 1])
-    draw([0, 1], use_ddim=True, eta=0.5)
-    assert torch.equal(torch.get_rng_state(), before)
-
-
-def test_arguments_of_the_model_reach_it():
-    diffusion = make_diffusion(40, schedule="cosine", respacing="4")
-    labels = torch.tensor([0.0, 8.0])
-
-    def sample(**kwargs):
-        with torch.no_grad():
-            return draw_samples(
-                FormulaModel(), diffusion, [0, 1], (1, 4, 4), SampleOptions(), 0, kwargs
-            )
-
-    plain, labelled = sample(), sample(y=labels)
-    torch.testing.assert_close(plain[0], labelled[0])
-    assert (plain[1] - labelled[1]).abs().max() > 1e-2
 
 
 # -- collecting
