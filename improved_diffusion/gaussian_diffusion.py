@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .errors import UserError
+from .loss_weights import NO_WEIGHT, check_loss_weight, loss_weight_table
 from .losses import discretized_gaussian_log_likelihood, mean_flat, normal_kl
 from .predictions import ModelMeanType, coefficients, path_scale, to_x_start
 from .rng import Generator, randn, randn_like
@@ -77,7 +79,10 @@ class GaussianDiffusion:
     :param model_var_type: how the variance of p is found.
     :param loss_type: what :meth:`training_losses` returns under "loss".
     :param rescale_timesteps: pass the model float timesteps scaled to 0 ... 1000.
-    :raises ValueError: unless the betas are a one-dimensional, non-empty sequence in (0, 1].
+    :param loss_weight: the weight of each noise level in a mean squared error, one of
+        :data:`.loss_weights.LOSS_WEIGHTS`.
+    :raises ValueError: unless the betas are a one-dimensional, non-empty sequence in (0, 1]; for a
+        weight that the prediction makes infinite, or one with the variational bound.
     """
 
     def __init__(
@@ -88,11 +93,19 @@ class GaussianDiffusion:
         model_var_type: ModelVarType,
         loss_type: LossType,
         rescale_timesteps: bool = False,
+        loss_weight: str = NO_WEIGHT,
     ) -> None:
+        check_loss_weight(loss_weight)
+        if loss_type.is_vb() and loss_weight != NO_WEIGHT:
+            raise UserError(
+                f"--loss_weight {loss_weight} with --use_kl True: the variational bound has its "
+                "own weights; leave one of them out"
+            )
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
+        self.loss_weight = loss_weight
 
         betas = np.array(betas, dtype=np.float64)  # float64: products over T steps lose digits
         if betas.ndim != 1 or not len(betas):
@@ -134,6 +147,11 @@ class GaussianDiffusion:
             self._target_of_xstart, self._target_of_noise = coefficients(kind, alphas_cumprod)
             self._xstart_of_x_t, self._xstart_of_output = to_x_start(kind, alphas_cumprod)
             self._path_scale = path_scale(alphas_cumprod)
+
+        if self.loss_weight != NO_WEIGHT:
+            self._loss_weights = loss_weight_table(
+                self.loss_weight, kind, alphas_cumprod, self.posterior_mean_coef1
+            )
 
         # The variances that p can take, as tables
         self._log_betas = np.log(betas)
@@ -458,10 +476,9 @@ class GaussianDiffusion:
         )
         # drawn for eta = 0 too: the global generator moves on alike for every eta
         noise = randn_like(x, generator)
-        mean = (
-            pred_xstart * torch.sqrt(alpha_bar_prev)
-            + torch.sqrt(1 - alpha_bar_prev - sigma**2) * eps
-        )
+        # of eta = 1 on a step from no signal nothing is left, which rounding must not make negative
+        left = (1 - alpha_bar_prev - sigma**2).clamp(min=0)
+        mean = pred_xstart * torch.sqrt(alpha_bar_prev) + torch.sqrt(left) * eps
         sample = mean + _nonzero_mask(t, x) * sigma * noise
         return {"sample": sample, "pred_xstart": pred_xstart}
 
@@ -602,8 +619,8 @@ class GaussianDiffusion:
         :param t: [N] timesteps.
         :param model_kwargs: keyword arguments for the model.
         :param noise: [N, C, ...] standard normal noise, drawn if None.
-        :return: "loss" [N]; with a mean squared error also "mse" [N], and "vb" [N] (the bound's
-            term as weighted in the loss, bits/dim) if the variance is learned.
+        :return: "loss" [N]; with a mean squared error also "mse" [N], which has no loss weight, and
+            "vb" [N] (the bound's term as in the loss, bits/dim) if the variance is learned.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -623,8 +640,15 @@ class GaussianDiffusion:
         target = self._target(x_start, x_t, t, noise)
         assert output.shape == target.shape == x_start.shape
         terms["mse"] = mean_flat((target - output) ** 2)
-        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        weighted = self._weighted(terms["mse"], t)
+        terms["loss"] = weighted + terms["vb"] if "vb" in terms else weighted
         return terms
+
+    def _weighted(self, mse: Tensor, t: Tensor) -> Tensor:
+        """Squared errors [N] times the weights of their timesteps."""
+        if self.loss_weight == NO_WEIGHT:
+            return mse
+        return _extract_into_tensor(self._loss_weights, t, mse.shape) * mse
 
     def _target(self, x_start: Tensor, x_t: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """What the model should predict, [N, C, ...]."""

@@ -14,11 +14,13 @@ from torch import Tensor
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
 from .respace import SpacedDiffusion
+from .schedules import check_falling
 
 SPACINGS = ("respacing", "leading", "linspace", "trailing", "karras", "log_snr")
 KARRAS_RHO = 7.0  # EDM table 1
 # Where no signal is left sigma is infinite: this stands for it, a share of 1e-8 of the variance
 LARGEST_SIGMA = 1e4
+HIGHEST_START = 80.0  # where karras and log_snr begin, EDM table 1: all above it is noise
 
 
 class NoiseLevels:
@@ -43,34 +45,20 @@ class NoiseLevels:
 
     def log_snr_of_t(self, t: float | np.ndarray) -> np.ndarray:
         """Log-SNR at t in 0 ... T - 1, which may lie between steps."""
-        return np.interp(t, np.arange(self.num_timesteps), self.log_snr)
+        return np.asarray(np.interp(t, np.arange(self.num_timesteps), self.log_snr))
 
     def t_of_log_snr(self, log_snr: float | np.ndarray) -> np.ndarray:
         """The t, between steps as a rule, of a log-SNR."""
         falling = np.arange(self.num_timesteps)[::-1]  # np.interp wants a rising axis
-        return np.interp(log_snr, self.log_snr[::-1], falling)
+        return np.asarray(np.interp(log_snr, self.log_snr[::-1], falling))
 
     def sigma_of_t(self, t: float | np.ndarray) -> np.ndarray:
         """Sigma at t in 0 ... T - 1, which may lie between steps."""
-        return np.exp(-0.5 * self.log_snr_of_t(t))
+        return np.asarray(np.exp(-0.5 * self.log_snr_of_t(t)))
 
     def t_of_sigma(self, sigma: float | np.ndarray) -> np.ndarray:
         """The t, between steps as a rule, of a sigma above 0."""
         return self.t_of_log_snr(-2 * np.log(sigma))
-
-
-def check_falling(alpha_bar: np.ndarray) -> None:
-    """Check that every step adds noise.
-
-    :param alpha_bar: float64 [T] shares of the data's variance.
-    :raises ValueError: naming the first step after which as much signal is left as before.
-    """
-    rising = np.flatnonzero(np.diff(alpha_bar, prepend=1.0) >= 0)
-    if len(rising):
-        raise UserError(
-            f"the schedule's log-SNR does not fall at step {rising[0]} of {len(alpha_bar)}: every "
-            "beta must be above 0, and only the last may leave no signal; linear and cosine do so"
-        )
 
 
 def _log_snr(alpha_bar: np.ndarray) -> np.ndarray:
@@ -93,7 +81,8 @@ def noise_levels(
     :param steps: S, the number of steps, 1 ... T.
     :param spacing: "respacing"; timesteps "leading", "linspace" or "trailing" (arXiv 2305.08891
         table 2); "karras" (EDM eq. 5); or "log_snr", uniform in log-SNR (arXiv 2206.00927,
-        section 3.4).
+        "step size schedule"). The last two begin at sigma 80 if the process reaches as high, and,
+        if it ends without signal, one step before, there.
     :param rho: the exponent of karras: the larger, the more levels of low noise.
     :return: float64 [S + 1] on the CPU, falling, the last one 0.
     :raises ValueError: for an unknown spacing, or steps out of range.
@@ -103,18 +92,22 @@ def noise_levels(
         sigmas = _own_levels(diffusion, levels, steps)
     elif spacing in ("karras", "log_snr"):
         _check_steps(steps, levels.num_timesteps)
-        ramp = np.linspace(0, 1, steps)
-        largest, smallest = levels.sigma_max, levels.sigma_min
-        if spacing == "karras":
-            sigmas = (
-                largest ** (1 / rho) + ramp * (smallest ** (1 / rho) - largest ** (1 / rho))
-            ) ** rho
-        else:
-            sigmas = largest * (smallest / largest) ** ramp
+        before = [levels.sigma_max] if levels.ends_without_signal else []
+        power = 1 / rho if spacing == "karras" else 0.0
+        sigmas = np.append(before, _ramp(levels, steps - len(before), power))
     else:
         t = spaced_timesteps(levels.num_timesteps, steps, spacing)
         sigmas = levels.sigma_of_t(np.array(t[::-1]))
     return torch.from_numpy(np.append(sigmas, 0.0))
+
+
+def _ramp(levels: NoiseLevels, count: int, power: float) -> np.ndarray:
+    """Levels evenly spaced in a power of sigma, for power 0 in its logarithm; float64 [count]."""
+    largest, smallest = min(levels.sigma_max, HIGHEST_START), levels.sigma_min
+    share = np.linspace(0, 1, count)
+    if not power:
+        return largest * (smallest / largest) ** share
+    return (largest**power + share * (smallest**power - largest**power)) ** (1 / power)  # EDM eq. 5
 
 
 def _own_levels(diffusion: GaussianDiffusion, levels: NoiseLevels, steps: int) -> np.ndarray:

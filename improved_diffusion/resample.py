@@ -1,4 +1,7 @@
-"""Which timesteps a training batch gets: uniform, or by importance (IDDPM section 3.3)."""
+"""Which timesteps a training batch gets: uniform, stratified, by a density or by importance.
+
+Importance: IDDPM section 3.3 (arXiv 2102.09672). Logit-normal density: arXiv 2403.03206.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,19 @@ from torch import Tensor
 
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
+from .rng import jittered
 
 
 class ScheduleSampler(ABC):
     """A distribution over timesteps.
 
     Losses are reweighted by the inverse probability, so that their mean stays unbiased whatever
-    the distribution; its choice only changes their variance.
+    the distribution; its choice only changes their variance. A density that is itself the weighting
+    overrides :meth:`sample`.
     """
+
+    # whether the uniforms of a global batch should be one from each of as many equal strata
+    stratified = False
 
     @abstractmethod
     def weights(self) -> np.ndarray:
@@ -66,6 +74,55 @@ class UniformSampler(ScheduleSampler):
     def weights(self) -> np.ndarray:
         """Ones, [T]."""
         return self._weights
+
+
+class StratifiedSampler(UniformSampler):
+    """Every timestep alike, and a global batch of B images has one from each of B equal strata.
+
+    The mean loss of a batch varies less than with independent timesteps; its expectation is the
+    same. VDM's sampler (arXiv 2107.00630) is alike, with one jitter for all strata.
+    """
+
+    stratified = True
+
+    def sample(
+        self, batch_size: int, device: torch.device | str, uniforms: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw timesteps; see :meth:`ScheduleSampler.sample`.
+
+        :param uniforms: of :meth:`.StepDraws.stratified`. None draws one from each of N x W strata,
+            of which each of W processes takes every W-th, from NumPy's global generator.
+        """
+        if uniforms is None:
+            rank, world_size = 0, 1
+            if dist.is_initialized():
+                rank, world_size = dist.get_rank(), dist.get_world_size()
+            strata = np.random.permutation(batch_size) * world_size + rank
+            uniforms = jittered(strata, np.random.random(batch_size), batch_size * world_size)
+        return super().sample(batch_size, device, uniforms)
+
+
+class LogitNormalSampler(ScheduleSampler):
+    """Timesteps of medium noise more often: the logit of (t + 0.5) / T is normal, N(0, 1).
+
+    The density is the weighting: losses are not divided by it. arXiv 2403.03206, section 3.1.
+    """
+
+    def __init__(self, diffusion: GaussianDiffusion) -> None:
+        tau = (np.arange(diffusion.num_timesteps) + 0.5) / diffusion.num_timesteps
+        logit = np.log(tau / (1 - tau))
+        self._weights = np.exp(-0.5 * logit**2) / (tau * (1 - tau))
+
+    def weights(self) -> np.ndarray:
+        """The density at each timestep up to a factor, [T]."""
+        return self._weights
+
+    def sample(
+        self, batch_size: int, device: torch.device | str, uniforms: np.ndarray | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Draw timesteps; see :meth:`ScheduleSampler.sample`. All losses weigh 1."""
+        t, weights = super().sample(batch_size, device, uniforms)
+        return t, torch.ones_like(weights)
 
 
 class LossAwareSampler(ScheduleSampler):
@@ -179,6 +236,8 @@ class LossSecondMomentResampler(LossAwareSampler):
 SCHEDULE_SAMPLERS: dict[str, Callable[[GaussianDiffusion], ScheduleSampler]] = {
     "uniform": UniformSampler,
     "loss-second-moment": LossSecondMomentResampler,
+    "logit_normal": LogitNormalSampler,
+    "stratified": StratifiedSampler,
 }
 
 

@@ -66,12 +66,14 @@ class StepDraws:
     :param seed: the user's seed, >= 0.
     :param step: the step, over all sittings of a run.
     :param first: index of this process's first image in the global batch.
+    :param total: images in the global batch, for :meth:`stratified`.
     """
 
-    def __init__(self, seed: int, step: int, first: int) -> None:
+    def __init__(self, seed: int, step: int, first: int, total: int = 0) -> None:
         self.seed = seed
         self.step = step
         self.first = first
+        self.total = total
 
     def uniforms(self, part: slice) -> np.ndarray:
         """Numbers in [0, 1) for the images ``part`` of this process's batch, float64 [N]."""
@@ -80,6 +82,22 @@ class StepDraws:
         stream = np.random.default_rng(derive_seed(self.seed, "timesteps", self.step))
         return stream.random(stop)[start:]
 
+    def stratified(self, part: slice) -> np.ndarray:
+        """Numbers in [0, 1), float64 [N]; a global batch of B images has one in each B-th of it.
+
+        Alone, each of them is uniform.
+
+        :raises ValueError: for images beyond the global batch.
+        """
+        if self.first + part.stop > self.total:
+            raise ValueError(
+                f"image {self.first + part.stop - 1} of a global batch of {self.total}: the batch "
+                "is larger than batch_size"
+            )
+        stream = np.random.default_rng(derive_seed(self.seed, "strata", self.step))
+        strata = stream.permutation(self.total)[self.first + part.start : self.first + part.stop]
+        return jittered(strata, self.uniforms(part), self.total)
+
     def noise_like(self, x: Tensor, part: slice) -> Tensor:
         """Standard normal noise for the images ``x`` = [N, ...], ``part`` of the batch."""
         indices = range(self.first + part.start, self.first + part.stop)
@@ -87,6 +105,16 @@ class StepDraws:
             self.seed, indices, "training noise", self.step, device=x.device
         )
         return randn_like(x, generators)
+
+
+def jittered(strata: np.ndarray, uniforms: np.ndarray, total: int) -> np.ndarray:
+    """A number in each of the given strata of [0, 1).
+
+    :param strata: int [N] in 0 ... total - 1.
+    :param uniforms: float64 [N] in [0, 1): where in its stratum each is.
+    :return: float64 [N] in [0, 1).
+    """
+    return np.minimum((strata + uniforms) / total, np.nextafter(1, 0))  # the sum may round up
 
 
 def randn(

@@ -22,11 +22,14 @@ from ._version import __version__
 from .errors import UserError
 from .flags import given_flags, option, pick, require_at_least
 from .image_datasets import ImageList
+from .schedules import shorten
 from .script_util import (
     FIXED_BY_TRAINING,
+    FLOW_SCHEDULE,
     NUM_CLASSES,
     ModelAndDiffusionOptions,
     SuperResOptions,
+    prediction_name,
 )
 
 log = logging.getLogger(__name__)
@@ -101,7 +104,7 @@ def _differing(theirs: Flags, first: Flags, form: str) -> tuple[str, str]:
     """The entries that differ, as texts of both sides; '' if none does."""
     names = [name for name in first if repr(theirs.get(name)) != repr(first[name])]
     texts = [
-        " ".join(form.format(name, side.get(name, "missing")) for name in names)
+        " ".join(form.format(name, shorten(str(side.get(name, "missing")))) for name in names)
         for side in (theirs, first)
     ]
     return texts[0], texts[1]
@@ -149,8 +152,10 @@ def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
             f"defaults, such as --noise_schedule {flags['noise_schedule']} --diffusion_steps "
             f"{flags['diffusion_steps']}"
         )
-    else:  # what was trained before there were value ranges was 8-bit pictures
-        stored = {"value_range": "", **stored}
+    else:
+        stored = {**_BEFORE, **stored}
+        stored, given = _in_same_words(flags, given, stored)
+        _check_betas(flags, given, stored, folder)
     if not flags.get("num_classes"):
         given = given - {"num_classes"}  # 0: to be counted
     known = {field.name for cls in _OPTIONS for field in dataclasses.fields(cls)} | {"labels_from"}
@@ -162,6 +167,35 @@ def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
 
 
 _OPTIONS = (ModelAndDiffusionOptions, SuperResOptions)
+# What runs did from before there were these flags: 8-bit pictures, the process of the other flags
+_BEFORE = {"value_range": "", "predict": "", "betas": "", "zero_terminal_snr": False}
+
+
+def _in_same_words(flags: Flags, given: set[str], stored: Flags) -> tuple[Flags, set[str]]:
+    """Let flags agree that say the same, such as --predict xstart and --predict_xstart True.
+
+    :return: the stored flags, where a given one needs it in its words; and the given ones without
+        those that the stored ones imply.
+    """
+    prediction = prediction_name(stored["predict"], stored.get("predict_xstart", False))
+    implied = set()
+    if flags.get("predict_xstart") and prediction == "xstart":
+        implied.add("predict_xstart")
+    if flags.get("noise_schedule") == FLOW_SCHEDULE and prediction == "flow":
+        implied.add("noise_schedule")
+    if "predict" in given and flags.get("predict"):
+        stored = {**stored, "predict": prediction}
+    return stored, given - implied
+
+
+def _check_betas(flags: Flags, given: set[str], stored: Flags, folder: str) -> None:
+    """Refuse other noise levels than the checkpoint's, without telling them all."""
+    if "betas" in given and flags.get("betas") != stored["betas"]:
+        ours, theirs = (shorten(side["betas"]) or "''" for side in (flags, stored))
+        raise UserError(
+            f"--betas {ours} contradicts the checkpoint, which was trained with --betas {theirs} "
+            f"({folder}/{checkpoint.CONFIG}): leave the flag out"
+        )
 
 
 def relabel(images: ImageList, class_names: Sequence[str]) -> ImageList:

@@ -29,13 +29,13 @@ BY_TIMESTEP = ("respacing", "leading", "linspace", "trailing")
 DEFAULT_SPACING = {
     "ddpm": "respacing",
     "ddim": "respacing",
-    "euler": "trailing",
-    "heun": "karras",
+    "euler": "log_snr",
+    "heun": "log_snr",
     "dpmpp_2m": "log_snr",
     "dpmpp_3m": "log_snr",
     "dpmpp_2m_sde": "log_snr",
     "unipc": "log_snr",
-    "sde": "trailing",
+    "sde": "log_snr",
     "ancestral": "trailing",
     "ode": "",  # chooses its own steps
 }

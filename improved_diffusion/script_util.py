@@ -7,7 +7,9 @@ import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+import numpy as np
 
 from . import gaussian_diffusion as gd
 from .errors import UserError
@@ -26,8 +28,11 @@ from .flags import (
 from .flags import (
     image_size as read_image_size,
 )
+from .loss_weights import LOSS_WEIGHTS, NO_WEIGHT
 from .pixels import parse_value_range, value_range_flag
+from .predictions import PREDICTIONS, ModelMeanType, named_prediction
 from .respace import SpacedDiffusion, space_timesteps
+from .schedules import NAMED_SCHEDULES, betas_flag, read_betas, zero_terminal_snr
 from .unet import SuperResModel, UNetModel
 
 __all__ = [
@@ -60,6 +65,9 @@ CHANNEL_MULTS = {
 }
 SMALLEST_LEVEL = 4  # pixels: images below 32 get fewer levels than the table says
 
+DEFAULT_SCHEDULE = "linear"
+FLOW_SCHEDULE = "linear_path"
+
 
 @dataclass(frozen=True)
 class _SharedOptions:
@@ -77,7 +85,7 @@ class _SharedOptions:
     sigma_small: bool = option(False, "fixed variance: the posterior's (beta-tilde), not beta")
     class_cond: bool = option(False, "condition on the class of the image")
     diffusion_steps: int = option(1000, "noising steps T of the process; not the training's length")
-    noise_schedule: str = option("linear", "linear or cosine")
+    noise_schedule: str = option(DEFAULT_SCHEDULE, f"{', '.join(NAMED_SCHEDULES)}")
     timestep_respacing: str = option(
         "", "steps to sample with: '250', 'ddim50', '10,15,20' per section; '' for all"
     )
@@ -106,6 +114,25 @@ class _SharedOptions:
         "PNG, TIFF and .npy as they are; '': 8-bit pictures",
         value_range_flag,
     )
+    predict: str = option(
+        "",
+        f"what the network predicts: {', '.join(PREDICTIONS)} (the velocity of the linear path); "
+        "'': as --predict_xstart says",
+    )
+    loss_weight: str = option(
+        NO_WEIGHT, f"weight of each noise level in the loss: {', '.join(LOSS_WEIGHTS)}"
+    )
+    betas: str = option(
+        "",
+        "noise levels of your own instead of --noise_schedule: an .npy file, a text file with one "
+        "number per line, or the numbers themselves",
+        betas_flag,
+    )
+    zero_terminal_snr: bool = option(
+        False, "rescale the noise levels so that the last leaves no signal; not with eps"
+    )
+
+    _size_flag: ClassVar[str]  # the option that holds the size of the images made
 
     def __post_init__(self) -> None:
         require_at_least(
@@ -117,10 +144,10 @@ class _SharedOptions:
         require(heads == -1 or heads >= 1, "num_heads_upsample", heads, "-1 or at least 1")
         require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
 
-    def _network(self, size_flag: str, network: type[UNetModel]) -> UNetModel:
-        """Build the network for images of the size that the option ``size_flag`` holds."""
-        size = getattr(self, size_flag)
-        mult = _channel_mult(size_flag, size, self.channel_mult)
+    def _network(self, network: type[UNetModel]) -> UNetModel:
+        """Build the network for images of the size that the option ``_size_flag`` holds."""
+        size = getattr(self, self._size_flag)
+        mult = _channel_mult(self._size_flag, size, self.channel_mult)
         return network(
             in_channels=self.channels,
             model_channels=self.num_channels,
@@ -148,6 +175,11 @@ class _SharedOptions:
             rescale_timesteps=self.rescale_timesteps,
             rescale_learned_sigmas=self.rescale_learned_sigmas,
             timestep_respacing=self.timestep_respacing,
+            predict=self.predict,
+            loss_weight=self.loss_weight,
+            betas=self.betas,
+            zero_terminal_snr=self.zero_terminal_snr,
+            image_size=getattr(self, self._size_flag),
         )
 
 
@@ -157,9 +189,11 @@ class ModelAndDiffusionOptions(_SharedOptions):
 
     image_size: ImageSize = option(64, "size of the images: 64, or HxW: 48x64", read_image_size)
 
+    _size_flag: ClassVar[str] = "image_size"
+
     def model(self) -> UNetModel:
         """The network of these options."""
-        return self._network("image_size", UNetModel)
+        return self._network(UNetModel)
 
 
 @dataclass(frozen=True)
@@ -169,9 +203,11 @@ class SuperResOptions(_SharedOptions):
     large_size: ImageSize = option(256, "size of the images made: 256, or HxW", read_image_size)
     small_size: ImageSize = option(64, "size of the images given: 64, or HxW", read_image_size)
 
+    _size_flag: ClassVar[str] = "large_size"
+
     def model(self) -> SuperResModel:
         """The network of these options; it upsamples images of any size that it is given."""
-        network = self._network("large_size", SuperResModel)
+        network = self._network(SuperResModel)
         assert isinstance(network, SuperResModel)
         return network
 
@@ -210,6 +246,9 @@ FIXED_BY_TRAINING = frozenset(
         "channels",
         "num_classes",
         "value_range",
+        "predict",
+        "betas",
+        "zero_terminal_snr",
     ]
 )
 
@@ -248,6 +287,10 @@ def create_model_and_diffusion(
     channels: int = 3,
     num_classes: int = 0,
     value_range: str = "",
+    predict: str = "",
+    loss_weight: str = NO_WEIGHT,
+    betas: str = "",
+    zero_terminal_snr: bool = False,
 ) -> tuple[UNetModel, SpacedDiffusion]:
     """A U-Net and its diffusion process; the arguments are the flags of the scripts.
 
@@ -305,6 +348,10 @@ def sr_create_model_and_diffusion(
     channels: int = 3,
     num_classes: int = 0,
     value_range: str = "",
+    predict: str = "",
+    loss_weight: str = NO_WEIGHT,
+    betas: str = "",
+    zero_terminal_snr: bool = False,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
     """A super-resolution U-Net and its diffusion process; the arguments are the scripts' flags.
 
@@ -406,6 +453,11 @@ def create_gaussian_diffusion(
     rescale_timesteps: bool = False,
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | Sequence[int] = "",
+    predict: str = "",
+    loss_weight: str = NO_WEIGHT,
+    betas: str | Sequence[float] | np.ndarray = "",
+    zero_terminal_snr: bool = False,
+    image_size: ImageSize | None = None,
 ) -> SpacedDiffusion:
     """A diffusion process over all timesteps or a subset.
 
@@ -418,9 +470,19 @@ def create_gaussian_diffusion(
     :param rescale_timesteps: the model sees timesteps scaled to 0 ... 1000.
     :param rescale_learned_sigmas: the bound's term of the hybrid loss is weighed by T / 1000.
     :param timestep_respacing: see :func:`.respace.space_timesteps`; empty for all steps.
+    :param predict: what the model predicts: "eps", "xstart", "v", or "flow", whose schedule is the
+        linear path; empty for what ``predict_xstart`` says.
+    :param loss_weight: one of :data:`.loss_weights.LOSS_WEIGHTS`.
+    :param betas: numbers instead of a named schedule, see :func:`.schedules.read_betas`; empty for
+        the named one.
+    :param zero_terminal_snr: rescale the schedule to end without signal.
+    :param image_size: in pixels, or (height, width), for the schedules that depend on it.
     :return: the process over the kept steps.
-    :raises ValueError: for an unknown schedule or an impossible respacing.
+    :raises ValueError: for an unknown schedule, an impossible respacing, and arguments that
+        contradict each other.
     """
+    kind = named_prediction(prediction_name(predict, predict_xstart))
+    levels = _betas(steps, noise_schedule, betas, zero_terminal_snr, kind, image_size)
     if use_kl:
         loss_type = gd.LossType.RESCALED_KL
     elif rescale_learned_sigmas:
@@ -435,12 +497,81 @@ def create_gaussian_diffusion(
         var_type = gd.ModelVarType.FIXED_LARGE
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=gd.get_named_beta_schedule(noise_schedule, steps),
-        model_mean_type=gd.ModelMeanType.START_X if predict_xstart else gd.ModelMeanType.EPSILON,
+        betas=levels,
+        model_mean_type=kind,
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        loss_weight=loss_weight,
     )
+
+
+def prediction_name(predict: str, predict_xstart: bool) -> str:
+    """What the network predicts by the flags of both ages, "eps", "xstart", ...
+
+    :raises ValueError: naming both flags, if they contradict each other.
+    """
+    if predict_xstart and predict not in ("", "xstart"):
+        raise UserError(
+            f"--predict {predict} contradicts --predict_xstart True: leave --predict_xstart out"
+        )
+    return predict or ("xstart" if predict_xstart else "eps")
+
+
+def schedule_name(noise_schedule: str, kind: ModelMeanType) -> str:
+    """The schedule by the flags: the flow's own where none is given.
+
+    :raises ValueError: naming both flags, for a flow on another schedule.
+    """
+    if kind != ModelMeanType.FLOW:
+        return noise_schedule
+    if noise_schedule not in (DEFAULT_SCHEDULE, FLOW_SCHEDULE):
+        raise UserError(
+            f"--predict flow follows the linear path, not --noise_schedule {noise_schedule}: leave "
+            "--noise_schedule out, or choose --predict v"
+        )
+    return FLOW_SCHEDULE
+
+
+def _betas(
+    steps: int,
+    noise_schedule: str,
+    betas: str | Sequence[float] | np.ndarray,
+    zero_snr: bool,
+    kind: ModelMeanType,
+    image_size: ImageSize | None,
+) -> np.ndarray:
+    """The noise levels, float64 [T], of flags that do not contradict each other."""
+    own = len(betas) > 0
+    for flag, given in (("--betas", own), ("--zero_terminal_snr True", zero_snr)):
+        if given and kind == ModelMeanType.FLOW:
+            raise UserError(
+                f"--predict flow follows the linear path: leave {flag} out, or choose --predict v"
+            )
+    if own and noise_schedule != DEFAULT_SCHEDULE:
+        raise UserError(
+            f"--betas contradicts --noise_schedule {noise_schedule}: leave one of them out"
+        )
+    if own:
+        levels = read_betas(betas)
+        if len(levels) != steps:
+            raise UserError(
+                f"--betas holds {len(levels)} numbers, --diffusion_steps is {steps}: give "
+                f"--diffusion_steps {len(levels)}, or {steps} numbers"
+            )
+    else:
+        name = schedule_name(noise_schedule, kind)
+        levels = gd.get_named_beta_schedule(name, steps, image_size)
+    if zero_snr:
+        levels = zero_terminal_snr(levels)
+    if levels[-1] == 1 and kind == ModelMeanType.EPSILON:
+        source = "--betas" if own else f"--noise_schedule {noise_schedule}"
+        source = "--zero_terminal_snr True" if zero_snr else source
+        raise UserError(
+            f"{source} ends without signal, where a network that predicts eps cannot begin: choose "
+            "--predict xstart or v, or flow, which has a schedule of its own"
+        )
+    return levels
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:

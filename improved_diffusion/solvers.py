@@ -1,7 +1,7 @@
 """Few-step samplers on x = x_start + sigma noise, all with one signature.
 
 Each walks down the noise levels ``sigmas`` with a denoiser D(x, sigma), the estimate of x_start,
-and solves the probability-flow ODE dx/dsigma = (x - D) / sigma (EDM eq. 3) or a stochastic
+and solves the probability-flow ODE dx/dsigma = (x - D) / sigma (EDM eqs. 1, 3) or a stochastic
 equation with the same marginals. In lambda = -log sigma, half the log-SNR, the ODE is
 dx/dlambda = D - x, whose linear part the DPM solvers and UniPC solve exactly.
 
@@ -72,6 +72,8 @@ __all__ = [
     "sample_unipc",
 ]
 
+FAR = 100.0  # a step down by a larger factor is too far for Heun's trapezoid
+
 # -- deterministic --------------------------------------------------------------------------------
 
 
@@ -125,6 +127,10 @@ def sample_heun(
     errors of earlier steps. The first step's sigma_hat lies above sigmas[0]: leave it out by
     ``s_tmax`` if D knows no such level.
 
+    Differs from the paper: a step to less than a hundredth of sigma, such as one from a level that
+    stands for no signal, is Euler's. There the trapezoid would multiply the change of D by half
+    the ratio of the levels, where it should count once at most.
+
     The other arguments are those of :func:`sample_euler`.
 
     :param s_churn: S gamma, at least 0; gamma is at most sqrt(2) - 1.
@@ -148,8 +154,8 @@ def sample_heun(
             x = x + added * s_noise * draw(x, sigma_hat, sigma)
         x_start = denoise(x, sigma_hat).to(x)
         x_next = ddim_step(x, x_start, sigma_hat, sigma_next)  # Euler
-        if sigma_next > 0:
-            d = (x - x_start) / sigma_hat  # dx/dsigma, EDM eq. 3
+        if sigma_next * FAR > sigma_hat:
+            d = (x - x_start) / sigma_hat  # dx/dsigma, EDM eqs. 1 and 3
             d_next = (x_next - denoise(x_next, sigma_next).to(x)) / sigma_next
             x_next = x + (sigma_next - sigma_hat) * (d + d_next) / 2  # trapezoid
         x = x_next
@@ -170,8 +176,9 @@ def sample_ode(
     """The probability-flow ODE by scipy's adaptive Runge-Kutta method of order 5(4).
 
     Goes from the largest level to the smallest above 0 in steps of its own, and from there to 0, if
-    that is the last, by D; the levels between do not matter. The steps of each sample are its own
-    and do not depend on the batch. It is integrated in float64.
+    that is the last, by D; the levels between do not matter. The steps of each sample are its own:
+    what the batch changes, by rounding in D, stays within the tolerance. It is integrated in
+    float64.
 
     The other arguments are those of :func:`sample_euler`; the callback is called once, at the end,
     with i = 0, the smallest level above 0 and D there.
@@ -239,7 +246,7 @@ def sample_ddim_inversion(
     smallest = levels[-1] if levels[-1] > 0 else levels[-2]
     for i, (sigma, sigma_next) in enumerate(pairwise(reversed(levels))):
         x_start = denoise(x, max(sigma, smallest)).to(x)
-        d = (x - x_start) / max(sigma, smallest)  # dx/dsigma, EDM eq. 3
+        d = (x - x_start) / max(sigma, smallest)  # dx/dsigma, EDM eqs. 1 and 3
         x = x + (sigma_next - sigma) * d  # DDIM eq. 13, backwards
         report(i, x=x, x_start=x_start, sigma=sigma)
     return x

@@ -57,7 +57,7 @@ class TrainOptions:
     """How to train; see :class:`TrainLoop`."""
 
     schedule_sampler: str = option(
-        "uniform", "which timesteps to train on: uniform or loss-second-moment"
+        "uniform", f"which timesteps to train on: {', '.join(SCHEDULE_SAMPLERS)}"
     )
     lr: float = option(1e-4, "learning rate")
     weight_decay: float = option(0.0, "AdamW's weight decay")
@@ -421,13 +421,16 @@ class TrainLoop:
         """The draws of this step; None without a seed."""
         if self.seed is None:
             return None
-        return StepDraws(self.seed, self.global_step, dist_util.get_rank() * self.batch_size)
+        first = dist_util.get_rank() * self.batch_size
+        return StepDraws(self.seed, self.global_step, first, self.global_batch)
 
     def _sample_timesteps(self, count: int, part: slice) -> tuple[Tensor, Tensor]:
         draws = self._draws
         if draws is None:
             return self.schedule_sampler.sample(count, self.device)
-        return self.schedule_sampler.sample(count, self.device, uniforms=draws.uniforms(part))
+        sampler = self.schedule_sampler
+        uniforms = draws.stratified(part) if sampler.stratified else draws.uniforms(part)
+        return sampler.sample(count, self.device, uniforms=uniforms)
 
     def losses(
         self, network: Model, images: Batch, t: Tensor, cond: Cond, part: slice

@@ -174,6 +174,20 @@ def test_flag_without_its_value_is_an_error_that_names_it(capsys):
     assert "--lr" in error_line(capsys, parser_of("image_train.py"), "--lr")
 
 
+def test_betas_flag_reads_a_file_and_keeps_the_numbers(tmp_path):
+    (tmp_path / "own.txt").write_text("0.1\n0.25\n")
+    for script in SCRIPTS:
+        assert parse(script, "--betas", str(tmp_path / "own.txt"))["betas"] == "0.1,0.25"
+        assert parse(script, "--betas", "0.1, 0.25")["betas"] == "0.1,0.25"
+        assert parse(script, "--betas", "")["betas"] == ""
+
+
+@pytest.mark.parametrize("text", ["nowhere.npy", "0.1,2", "0.5,abc"])
+def test_betas_flag_refuses_what_is_no_schedule(capsys, text):
+    line = error_line(capsys, parser_of("image_train.py"), "--betas", text)
+    assert f"--betas {text}" in line
+
+
 # -- flags given and not given --------------------------------------------------------------------
 
 

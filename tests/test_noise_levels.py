@@ -159,12 +159,28 @@ def test_log_snr_is_uniform_in_its_logarithm():
     np.testing.assert_allclose(levels.log().diff(), float((levels[1] / levels[0]).log()))
 
 
-@pytest.mark.parametrize("spacing", ["karras", "log_snr", "linspace"])
-def test_whole_range_spacings_reach_both_ends(spacing):
-    bounds = NoiseLevels(process())
-    levels = noise_levels(process(), 5, spacing)
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("spacing", ["karras", "log_snr"])
+def test_spacings_by_level_begin_at_80_if_the_process_reaches_it(spacing, schedule):
+    """EDM table 1; the highest level of linear is 157 for T = 1000, of cosine thousands."""
+    for betas in ([0.02] * 40, get_named_beta_schedule(schedule, T)):
+        diffusion = GaussianDiffusion(betas=betas, **KINDS)
+        bounds = NoiseLevels(diffusion)
+        levels = noise_levels(diffusion, 5, spacing)
+        assert levels[0].item() == pytest.approx(min(80, bounds.sigma_max))
+        assert levels[-2].item() == pytest.approx(bounds.sigma_min)
+
+
+@pytest.mark.parametrize("spacing", ["karras", "log_snr"])
+def test_spacings_by_level_begin_without_signal_if_the_process_does(spacing):
+    betas = np.append(get_named_beta_schedule("linear", T)[:-1], 1.0)
+    diffusion = GaussianDiffusion(betas=betas, **KINDS)
+    bounds = NoiseLevels(diffusion)
+    levels = noise_levels(diffusion, 5, spacing)
     assert levels[0].item() == pytest.approx(bounds.sigma_max)
+    assert levels[1].item() == pytest.approx(80)
     assert levels[-2].item() == pytest.approx(bounds.sigma_min)
+    assert noise_levels(diffusion, 1, spacing).tolist() == [levels[0].item(), 0]
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,19 @@ import torch
 import torch.distributed as dist
 from golden_data import assert_rel, make_diffusion, npz
 
+from improved_diffusion import logger
 from improved_diffusion.errors import UserError
 from improved_diffusion.resample import (
     SCHEDULE_SAMPLERS,
+    LogitNormalSampler,
     LossAwareSampler,
     LossSecondMomentResampler,
     ScheduleSampler,
+    StratifiedSampler,
     UniformSampler,
     create_named_schedule_sampler,
 )
+from improved_diffusion.train_util import TrainLoop
 
 STEPS = 5
 
@@ -113,7 +117,7 @@ def test_one_process_updates_with_its_own_losses():
     assert sampler.losses == [0.5, 1.5, 2.5]
 
 
-def _update_on_rank(rank, folder):
+def _work_on_rank(rank, folder):
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2
     )
@@ -121,15 +125,23 @@ def _update_on_rank(rank, folder):
         sampler = RecordingSampler()
         ts, losses = ([3], [0.25]) if rank == 0 else ([1, 4, 0], [1.5, 2.5, 3.5])
         sampler.update_with_local_losses(torch.tensor(ts), torch.tensor(losses))
-        torch.save((sampler.ts, sampler.losses), f"{folder}/{rank}.pt")
+        np.random.seed(rank)
+        strata = [loop_timesteps(f"{folder}/{rank}", 6, *case) for case in SHARED]
+        torch.save((sampler.ts, sampler.losses, strata), f"{folder}/{rank}.pt")
     finally:
         dist.destroy_process_group()
 
 
-def test_two_processes_with_batches_of_different_size_see_the_same_losses(tmp_path):
-    torch.multiprocessing.spawn(_update_on_rank, args=(str(tmp_path),), nprocs=2)
-    for rank in range(2):
-        ts, losses = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes found."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(_work_on_rank, args=(str(folder),), nprocs=2)
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(2)]
+
+
+def test_two_processes_with_batches_of_different_size_see_the_same_losses(two_processes):
+    for ts, losses, _ in two_processes:
         assert ts == [3, 1, 4, 0]
         assert all(isinstance(t, int) for t in ts)
         assert losses == [0.25, 1.5, 2.5, 3.5]
@@ -137,7 +149,12 @@ def test_two_processes_with_batches_of_different_size_see_the_same_losses(tmp_pa
 
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [("uniform", UniformSampler), ("loss-second-moment", LossSecondMomentResampler)],
+    [
+        ("uniform", UniformSampler),
+        ("loss-second-moment", LossSecondMomentResampler),
+        ("logit_normal", LogitNormalSampler),
+        ("stratified", StratifiedSampler),
+    ],
 )
 def test_samplers_are_made_by_name(diffusion, name, kind):
     sampler = create_named_schedule_sampler(name, diffusion)
@@ -242,3 +259,135 @@ def test_losses_that_are_not_finite_are_ignored(diffusion, bad):
     young = LossSecondMomentResampler(diffusion, history_per_term=1)
     young.update_with_all_losses(range(STEPS), [1.0, 2.0, bad, 3.0, 4.0])
     np.testing.assert_array_equal(young.weights(), np.ones(STEPS))
+
+
+# -- a density that is the weighting, and strata
+
+
+def test_logit_normal_timesteps_have_a_normal_logit():
+    """Location 0 and scale 1 of arXiv 2403.03206: its best setting."""
+    diffusion = make_diffusion(1000, schedule="cosine")
+    sampler = create_named_schedule_sampler("logit_normal", diffusion)
+    assert sampler.weights().shape == (1000,)
+    timesteps, weights = sampler.sample(40_000, "cpu")
+    assert torch.equal(weights, torch.ones(40_000))  # no correction: the density is wanted
+    tau = (timesteps.double() + 0.5) / 1000
+    logits = (tau / (1 - tau)).log()
+    assert logits.mean().abs() < 0.02
+    assert logits.std().item() == pytest.approx(1, abs=0.02)
+    ranks = torch.distributions.Normal(0, 1).cdf(logits).sort().values
+    assert (ranks - (torch.arange(40_000) + 0.5) / 40_000).abs().max() < 0.02
+    again, _ = sampler.sample(3, "cpu", uniforms=np.array([0.0, 0.5, 1 - 1e-12]))
+    assert again[1] in (499, 500)
+    assert again[0] < 10
+    assert again[2] > 990
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_logit_normal_of_few_steps(steps):
+    sampler = create_named_schedule_sampler(
+        "logit_normal", make_diffusion(steps, schedule="cosine")
+    )
+    assert set(sampler.sample(50, "cpu")[0].tolist()) == set(range(steps))
+
+
+def strata_of(timesteps, total, steps):
+    """How many of the timesteps lie in each of ``total`` equal parts of 0 ... steps - 1."""
+    return np.bincount(np.asarray(timesteps) * total // steps, minlength=total)
+
+
+def test_stratified_timesteps_without_a_seed_have_one_in_each_stratum():
+    sampler = create_named_schedule_sampler("stratified", make_diffusion(600, schedule="cosine"))
+    drawn = []
+    for _ in range(200):
+        timesteps, weights = sampler.sample(6, "cpu")
+        assert torch.equal(weights, torch.ones(6))
+        np.testing.assert_array_equal(strata_of(timesteps, 6, 600), 1)
+        drawn.append(timesteps)
+    drawn = torch.stack(drawn)
+    assert len(set(map(tuple, (drawn // 100).tolist()))) > 100  # strata come in any order
+    np.testing.assert_allclose(drawn.double().mean(dim=0), 299.5, atol=50)  # for every image
+    inside = torch.bincount((drawn % 100).flatten() // 10, minlength=10)
+    np.testing.assert_allclose(inside / inside.sum(), 0.1, atol=0.04)  # anywhere in a stratum
+
+
+def test_stratified_mean_of_losses_varies_less_about_the_same_value():
+    diffusion = make_diffusion(600, schedule="cosine")
+    losses = torch.linspace(1, 0, 600) ** 2
+
+    def means(name):
+        sampler = create_named_schedule_sampler(name, diffusion)
+        return torch.stack([losses[sampler.sample(8, "cpu")[0]].mean() for _ in range(400)])
+
+    plain, strata = means("uniform"), means("stratified")
+    for found in (plain, strata):
+        assert found.mean().item() == pytest.approx(losses.mean().item(), abs=0.02)
+    assert strata.std() < 0.3 * plain.std()
+
+
+class Line(torch.nn.Module):
+    """The least model that learns."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.zeros(1))
+
+    def forward(self, x, t):
+        return self.scale * x
+
+
+def loop_timesteps(folder, batch_size, microbatch, seed, step=3, sampler="stratified"):
+    """The timesteps of one step of a training loop of this process."""
+    diffusion = make_diffusion(600, schedule="cosine", var="FIXED_SMALL")
+    with logger.scoped_configure(str(folder), format_strs=[]):
+        loop = TrainLoop(
+            model=Line(),
+            diffusion=diffusion,
+            data=iter(()),
+            batch_size=batch_size,
+            microbatch=microbatch,
+            lr=1e-3,
+            ema_rate="0.9",
+            log_interval=10,
+            save_interval=100,
+            resume_checkpoint="",
+            schedule_sampler=create_named_schedule_sampler(sampler, diffusion),
+            seed=seed,
+        )
+        loop.step = step
+        loop.forward_backward(torch.zeros(batch_size, 1, 2, 2), {})
+    return torch.cat(loop.timesteps).tolist()
+
+
+@pytest.mark.parametrize("seed", [0, 7])
+def test_strata_of_a_training_step_depend_on_seed_and_step_alone(tmp_path, seed):
+    whole = loop_timesteps(tmp_path, 12, -1, seed)
+    np.testing.assert_array_equal(strata_of(whole, 12, 600), 1)
+    torch.manual_seed(5)
+    np.random.seed(5)
+    for microbatch in (1, 5, 12):
+        assert loop_timesteps(tmp_path, 12, microbatch, seed) == whole
+    others = [
+        loop_timesteps(tmp_path, 12, -1, seed + 1),
+        loop_timesteps(tmp_path, 12, -1, seed, step=4),
+        loop_timesteps(tmp_path, 12, -1, seed, sampler="uniform"),
+    ]
+    assert all(other != whole for other in others)
+    assert (strata_of(others[2], 12, 600) != 1).any()
+
+
+def test_strata_without_a_seed_cover_each_microbatch(tmp_path):
+    found = loop_timesteps(tmp_path, 12, 4, None)
+    for start in (0, 4, 8):
+        np.testing.assert_array_equal(strata_of(found[start : start + 4], 4, 600), 1)
+
+
+SHARED = [(-1, 0), (4, 0), (-1, None)]  # microbatch and seed of a step that is shared
+
+
+@pytest.mark.parametrize("case", range(len(SHARED)))
+def test_two_processes_share_the_strata_of_the_global_batch(two_processes, tmp_path, case):
+    together = [t for *_, strata in two_processes for t in strata[case]]
+    np.testing.assert_array_equal(strata_of(together, 12, 600), 1)
+    _, seed = SHARED[case]
+    assert (together == loop_timesteps(tmp_path, 12, -1, 0)) is (seed == 0)

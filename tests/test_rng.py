@@ -9,6 +9,7 @@ import torch
 from improved_diffusion.rng import (
     StepDraws,
     derive_seed,
+    jittered,
     randn,
     randn_like,
     sample_generators,
@@ -211,3 +212,37 @@ def test_draws_of_a_step_leave_the_global_generators_alone():
 def test_noise_of_a_step_has_the_type_of_the_images():
     x = torch.zeros(2, 3, dtype=torch.float64)
     assert StepDraws(0, 0, 0).noise_like(x, slice(0, 2)).dtype == torch.float64
+
+
+# -- one draw in each stratum of the global batch
+
+
+def test_stratified_draws_have_one_in_each_stratum_whatever_the_split():
+    whole = StepDraws(3, 5, 0, 12).stratified(slice(0, 12))
+    assert whole.dtype == np.float64
+    np.testing.assert_array_equal(np.sort((whole * 12).astype(int)), np.arange(12))
+    for first, part in [(0, slice(0, 4)), (4, slice(0, 4)), (4, slice(2, 8)), (8, slice(3, 4))]:
+        found = StepDraws(3, 5, first, 12).stratified(part)
+        np.testing.assert_array_equal(found, whole[first + part.start : first + part.stop])
+    for other in (StepDraws(4, 5, 0, 12), StepDraws(3, 6, 0, 12)):
+        assert not np.isclose(other.stratified(slice(0, 12)), whole).all()
+
+
+def test_stratified_draws_of_an_image_are_uniform():
+    draws = np.stack([StepDraws(0, step, 0, 5).stratified(slice(0, 5)) for step in range(2000)])
+    assert ((draws >= 0) & (draws < 1)).all()
+    for image in draws.T:
+        shares = np.histogram(image, bins=10, range=(0, 1))[0] / len(image)
+        np.testing.assert_allclose(shares, 0.1, atol=0.03)
+
+
+def test_stratum_does_not_reach_into_the_next():
+    ends = jittered(np.array([0, 2]), np.nextafter([1.0, 1.0], 0), 3)
+    assert ends[0] < 1 / 3 + 1e-15
+    assert ends[1] < 1
+    assert jittered(np.array([1]), np.array([0.0]), 4).tolist() == [0.25]
+
+
+def test_images_beyond_the_global_batch_have_no_stratum():
+    with pytest.raises(ValueError, match="image 4 of a global batch of 4"):
+        StepDraws(0, 0, 2, 4).stratified(slice(0, 3))

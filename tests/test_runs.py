@@ -8,7 +8,7 @@ from toy import make_model
 
 from improved_diffusion import checkpoint, dist_util, runs
 from improved_diffusion.errors import UserError
-from improved_diffusion.flags import make_parser
+from improved_diffusion.flags import make_parser, pick
 from improved_diffusion.image_datasets import ImageList
 from improved_diffusion.script_util import ModelAndDiffusionOptions
 from improved_diffusion.train_util import TrainOptions
@@ -103,6 +103,74 @@ def test_flags_survive_the_file(tmp_path):
     json.loads((tmp_path / "config.json").read_text())
     merged = runs.inherit(make_flags(), set(), str(tmp_path))
     assert merged == {**flags, "class_names": []}
+
+
+# -- the process of a checkpoint
+
+
+OWN = ",".join(["0.001"] * 100)
+
+
+def inherit_from(folder, config, **given):
+    """The merged flags of a command line over a checkpoint's."""
+    checkpoint.save_config(str(folder), config)
+    return runs.inherit(make_flags(**given), set(given), str(folder))
+
+
+@pytest.mark.parametrize(
+    ("trained", "given"),
+    [
+        ({}, {"predict": "eps"}),
+        ({}, {"predict": "", "betas": "", "zero_terminal_snr": False}),
+        ({"predict_xstart": True}, {"predict": "xstart"}),
+        ({"predict": "xstart"}, {"predict_xstart": True}),
+        ({"predict": "v", "zero_terminal_snr": True}, {"predict": "v", "zero_terminal_snr": True}),
+        ({"predict": "flow"}, {"predict": "flow", "noise_schedule": "linear_path"}),
+        ({"betas": OWN, "diffusion_steps": 100}, {"betas": OWN}),
+    ],
+)
+def test_flags_that_say_what_was_trained_in_other_words_pass(tmp_path, trained, given):
+    merged = inherit_from(tmp_path, make_flags(**trained), **given)
+    expected = pick(ModelAndDiffusionOptions, make_flags(**trained)).diffusion()
+    diffusion = pick(ModelAndDiffusionOptions, merged).diffusion()
+    assert diffusion.model_mean_type is expected.model_mean_type
+    assert list(diffusion.betas) == list(expected.betas)
+    runs.inherit(merged, set(merged) & set(make_flags()), str(tmp_path))  # fits once more
+
+
+@pytest.mark.parametrize(
+    ("trained", "given", "words"),
+    [
+        ({"predict": "v"}, {"predict": "eps"}, ["--predict eps", "--predict v"]),
+        ({"predict": "v"}, {"predict_xstart": True}, ["--predict_xstart True"]),
+        ({"predict_xstart": True}, {"predict": "v"}, ["--predict v", "--predict xstart"]),
+        ({}, {"predict": "v"}, ["--predict v", "--predict eps"]),
+        ({}, {"zero_terminal_snr": True}, ["--zero_terminal_snr True", "False"]),
+        ({"predict": "flow"}, {"noise_schedule": "cosine"}, ["--noise_schedule cosine"]),
+        ({"betas": OWN}, {"betas": "0.5"}, ["--betas 0.5", "--betas 0.001,", "(100 in all)"]),
+        ({}, {"betas": OWN}, ["--betas 0.001,", "(100 in all)", "--betas ''"]),
+    ],
+)
+@pytest.mark.parametrize("older", [False, True])
+def test_another_process_than_the_trained_one_is_refused(tmp_path, trained, given, words, older):
+    config = make_flags(**trained)
+    for name in {"predict", "betas", "zero_terminal_snr"} - trained.keys():
+        if older:  # a run from before there were these flags
+            del config[name]
+    with pytest.raises(UserError) as error:
+        inherit_from(tmp_path, config, **given)
+    for word in ["contradicts the checkpoint", "config.json", *words]:
+        assert word in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+def test_older_checkpoint_has_the_process_of_its_other_flags(tmp_path):
+    config = make_flags(predict_xstart=True)
+    for name in ("predict", "betas", "zero_terminal_snr", "loss_weight"):
+        del config[name]
+    merged = inherit_from(tmp_path, config)
+    assert (merged["predict"], merged["betas"], merged["zero_terminal_snr"]) == ("", "", False)
+    assert pick(ModelAndDiffusionOptions, merged).diffusion().model_mean_type.name == "START_X"
 
 
 # -- classes

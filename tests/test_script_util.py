@@ -1,9 +1,11 @@
 """From flags to networks and processes: defaults, sizes of images, and what is refused."""
 
 import argparse
+import dataclasses
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 from golden_data import load_json
@@ -12,6 +14,14 @@ from improved_diffusion import script_util
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import height_width, image_size
 from improved_diffusion.gaussian_diffusion import LossType, ModelMeanType, ModelVarType
+from improved_diffusion.loss_weights import LOSS_WEIGHTS
+from improved_diffusion.predictions import PREDICTIONS
+from improved_diffusion.schedules import (
+    NAMED_SCHEDULES,
+    betas_flag,
+    get_named_beta_schedule,
+    zero_terminal_snr,
+)
 from improved_diffusion.script_util import (
     NUM_CLASSES,
     ModelAndDiffusionOptions,
@@ -544,3 +554,145 @@ def test_small_images_must_not_be_larger_than_the_large():
     with pytest.raises(UserError, match="--small_size 64x16 is larger than --large_size 32"):
         check_sizes((64, 16), 32)
     check_sizes(32, 32)
+
+
+# -- predictions, loss weights and noise levels ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "kind"),
+    [
+        ({}, "EPSILON"),
+        ({"predict": "eps"}, "EPSILON"),
+        ({"predict_xstart": True}, "START_X"),
+        ({"predict": "xstart"}, "START_X"),
+        ({"predict": "xstart", "predict_xstart": True}, "START_X"),
+        ({"predict": "v"}, "V"),
+        ({"predict": "flow"}, "FLOW"),
+    ],
+)
+@pytest.mark.parametrize("cls", [ModelAndDiffusionOptions, SuperResOptions])
+def test_prediction_by_name(cls, flags, kind):
+    assert cls(**flags).diffusion().model_mean_type is ModelMeanType[kind]
+
+
+@pytest.mark.parametrize("flags", [{}, {"noise_schedule": "linear_path"}])
+@pytest.mark.parametrize("steps", [1, 7, 1000])
+def test_flow_follows_the_linear_path(flags, steps):
+    diffusion = create_gaussian_diffusion(steps=steps, predict="flow", **flags)
+    np.testing.assert_array_equal(diffusion.betas, get_named_beta_schedule("linear_path", steps))
+
+
+@pytest.mark.parametrize("name", NAMED_SCHEDULES)
+@pytest.mark.parametrize(
+    ("cls", "sizes", "size"),
+    [
+        (ModelAndDiffusionOptions, {"image_size": (32, 128)}, (32, 128)),
+        (SuperResOptions, {"large_size": 256, "small_size": 16}, 256),
+    ],
+)
+def test_every_schedule_can_be_chosen_for_the_size_of_the_images(cls, sizes, size, name):
+    diffusion = cls(noise_schedule=name, predict="v", diffusion_steps=50, **sizes).diffusion()
+    expected = get_named_beta_schedule(name, 50, image_size=size)
+    np.testing.assert_allclose(diffusion.betas, expected, rtol=1e-12)
+    assert name in dict(_help(cls))["noise_schedule"]
+
+
+def _help(cls):
+    return [(field.name, field.metadata["help"]) for field in dataclasses.fields(cls)]
+
+
+@pytest.mark.parametrize("name", LOSS_WEIGHTS)
+@pytest.mark.parametrize("cls", [ModelAndDiffusionOptions, SuperResOptions])
+def test_loss_weight_reaches_the_process(cls, name):
+    diffusion = cls(loss_weight=name, predict="v", timestep_respacing="5").diffusion()
+    assert diffusion.loss_weight == name
+    assert hasattr(diffusion, "_loss_weights") is (name != "none")
+    assert name in dict(_help(cls))["loss_weight"]
+
+
+@pytest.mark.parametrize("learn_sigma", [False, True])
+@pytest.mark.parametrize("use_kl", [False, True])
+@pytest.mark.parametrize("predict", PREDICTIONS)
+def test_every_prediction_combines_with_learned_variance_and_the_bound(
+    predict, use_kl, learn_sigma
+):
+    options = ModelAndDiffusionOptions(
+        predict=predict, use_kl=use_kl, learn_sigma=learn_sigma, image_size=8, **SMALL
+    )
+    diffusion, network = options.diffusion(), options.model()
+    terms = diffusion.training_losses(network, torch.rand(2, 3, 8, 8), torch.tensor([3, 999]))
+    assert ("vb" in terms) is (learn_sigma and not use_kl)
+    terms["loss"].mean().backward()
+    assert network.out[2].weight.grad.isfinite().all()
+    assert network.out[2].weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("cls", [ModelAndDiffusionOptions, SuperResOptions])
+def test_betas_of_ones_own_replace_the_schedule(cls, tmp_path):
+    betas = np.linspace(0.01, 0.5, 12)
+    np.save(tmp_path / "own.npy", betas)
+    for source in (str(tmp_path / "own.npy"), betas_flag(str(tmp_path / "own.npy"))):
+        diffusion = cls(betas=source, diffusion_steps=12).diffusion()
+        np.testing.assert_allclose(diffusion.betas, betas, rtol=1e-12)
+        assert diffusion.original_num_steps == 12
+    for source in (betas, betas.tolist()):
+        diffusion = create_gaussian_diffusion(steps=12, betas=source)
+        np.testing.assert_allclose(diffusion.betas, betas, rtol=1e-12)
+
+
+@pytest.mark.parametrize("cls", [ModelAndDiffusionOptions, SuperResOptions])
+@pytest.mark.parametrize("predict", ["xstart", "v"])
+def test_zero_terminal_snr_rescales_the_schedule(cls, predict):
+    flags = {"predict": predict, "diffusion_steps": 50}
+    plain = cls(**flags).diffusion()
+    rescaled = cls(zero_terminal_snr=True, **flags).diffusion()
+    np.testing.assert_allclose(rescaled.betas, zero_terminal_snr(plain.betas), rtol=1e-9)
+    assert rescaled.alphas_cumprod[-1] == 0
+    kept = cls(zero_terminal_snr=True, timestep_respacing="5", **flags).diffusion()
+    assert kept.alphas_cumprod[-1] == 0
+    own = cls(betas="0.1,0.5,0.9", zero_terminal_snr=True, predict=predict, diffusion_steps=3)
+    assert own.diffusion().betas[-1] == 1
+
+
+CONTRADICTIONS = [
+    ({"predict": "score"}, ["--predict score", "eps, xstart, v, flow"]),
+    ({"predict": "eps", "predict_xstart": True}, ["--predict eps", "--predict_xstart True"]),
+    ({"predict": "v", "predict_xstart": True}, ["--predict v", "--predict_xstart True"]),
+    ({"predict": "flow", "noise_schedule": "cosine"}, ["flow", "--noise_schedule cosine"]),
+    ({"predict": "flow", "betas": "0.1,1"}, ["--predict flow", "--betas"]),
+    ({"predict": "flow", "zero_terminal_snr": True}, ["--predict flow", "--zero_terminal_snr"]),
+    ({"betas": "0.1", "noise_schedule": "cosine"}, ["--betas", "--noise_schedule cosine"]),
+    ({"betas": "0.1,0.2"}, ["2 numbers", "--diffusion_steps is 1000", "--diffusion_steps 2"]),
+    ({"betas": "0.1,1", "diffusion_steps": 2}, ["--betas", "eps", "--predict xstart", "v", "flow"]),
+    ({"betas": "0.1,0", "diffusion_steps": 2}, ["--betas 0.1,0", "(0, 1]"]),
+    ({"zero_terminal_snr": True}, ["--zero_terminal_snr", "eps", "--predict xstart", "v", "flow"]),
+    ({"zero_terminal_snr": True, "predict": "eps"}, ["--zero_terminal_snr", "--predict xstart"]),
+    ({"noise_schedule": "linear_path"}, ["linear_path", "eps", "--predict xstart", "v", "flow"]),
+    (
+        {"zero_terminal_snr": True, "predict": "v", "diffusion_steps": 1, "betas": "0.5"},
+        ["--zero_terminal_snr", "at least 2"],
+    ),
+    ({"loss_weight": "p3"}, ["--loss_weight p3", "p2"]),
+    ({"loss_weight": "p2", "use_kl": True}, ["--loss_weight p2", "--use_kl"]),
+    (
+        {"loss_weight": "edm", "betas": ",".join(["0.999"] * 20), "diffusion_steps": 20},
+        ["--loss_weight edm is infinite", "predicts eps", "none, min_snr, snr, p2, sigmoid"],
+    ),
+    ({"noise_schedule": "scaled_linear", "diffusion_steps": 12}, ["scaled_linear", "13", "12"]),
+]
+
+
+@pytest.mark.parametrize(("flags", "words"), CONTRADICTIONS)
+@pytest.mark.parametrize("cls", [ModelAndDiffusionOptions, SuperResOptions])
+def test_process_of_contradictory_flags_is_one_line_that_names_them(cls, flags, words):
+    with pytest.raises(UserError) as error:
+        cls(**flags).diffusion()
+    for word in words:
+        assert word in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_what_training_settles_grows():
+    assert {"predict", "betas", "zero_terminal_snr"} <= script_util.FIXED_BY_TRAINING
+    assert "loss_weight" not in script_util.FIXED_BY_TRAINING

@@ -1,10 +1,13 @@
 """The training loop in one process; test_dist_util.py has several."""
 
 import csv
+import dataclasses
+import itertools
 import json
 import os
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +17,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from toy import STEPS, TimestepByImage, batches, calm, make_batch, make_diffusion, make_model
 
 from improved_diffusion import checkpoint, logger
+from improved_diffusion.denoiser import Denoiser
 from improved_diffusion.errors import UserError
+from improved_diffusion.noise_levels import noise_levels
 from improved_diffusion.optimization import PRECISIONS, OptimizationOptions
 from improved_diffusion.posthoc_ema import gamma_of
-from improved_diffusion.resample import LossSecondMomentResampler
+from improved_diffusion.resample import (
+    SCHEDULE_SAMPLERS,
+    LossSecondMomentResampler,
+    create_named_schedule_sampler,
+)
 from improved_diffusion.respace import SpacedDiffusion
+from improved_diffusion.script_util import create_gaussian_diffusion
 from improved_diffusion.stopping import Bounds
 from improved_diffusion.train_util import (
     TrainLoop,
@@ -216,6 +226,90 @@ def test_one_value_is_read_between_log_intervals(run_dir):
         assert reads.count <= steps + 1  # is the step finite?
         loop._flush_losses()
         assert reads.count > 0
+
+
+# -- flow matching --------------------------------------------------------------------------------
+
+
+class Pixelwise(torch.nn.Module):
+    """The velocity of one value at a time, from the value and the time."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        layers = [torch.nn.Linear(2, 48), torch.nn.SiLU(), torch.nn.Linear(48, 1)]
+        self.layers = torch.nn.Sequential(*layers)
+
+    def forward(self, x, t):
+        tau = (t.view(-1, 1, 1, 1) / 500 - 1).expand(x.shape)  # t of 0 ... 1000
+        return self.layers(torch.stack([x, tau], dim=-1)).squeeze(-1)
+
+
+MEAN, SPREAD = 0.4, 0.5
+
+
+def normal_batches():
+    generator = torch.Generator().manual_seed(0)
+    while True:
+        yield MEAN + SPREAD * torch.randn(256, 1, 4, 4, generator=generator), {}
+
+
+@pytest.fixture(scope="module")
+def flow(tmp_path_factory):
+    """A model of the linear path's velocity, trained by the loop, and its process."""
+    diffusion = create_gaussian_diffusion(steps=200, predict="flow", rescale_timesteps=True)
+    with logger.scoped_configure(str(tmp_path_factory.mktemp("flow")), format_strs=["csv"]):
+        loop = make_loop(
+            model=Pixelwise(),
+            diffusion=diffusion,
+            data=normal_batches(),
+            schedule_sampler=create_named_schedule_sampler("stratified", diffusion),
+            batch_size=256,
+            lr=2e-2,
+            lr_anneal_steps=250,
+            log_interval=50,
+            save_interval=1000,
+            seed=0,
+        )
+        loop.run_loop()
+        folder = logger.get_dir()
+    return loop.model, diffusion, rows(Path(folder))
+
+
+def test_flow_matching_trains_in_the_loop(flow):
+    _, _, log = flow
+    losses = [float(row["loss"]) for row in log]
+    best = SPREAD * np.pi / 2  # the mean over tau of SPREAD^2 / ((1 - tau)^2 SPREAD^2 + tau^2)
+    assert losses[0] > 1.3 * best
+    assert losses[-1] == pytest.approx(best, rel=0.05)
+
+
+def integrate(velocity, x, taus, second_order):
+    """Euler's or Heun's method along the linear path: dx_tau / dtau = velocity."""
+    for tau, tau_next in itertools.pairwise(taus):
+        slope = velocity(x, tau)
+        x_next = x + (tau_next - tau) * slope
+        if second_order and tau_next > 0:
+            slope = (slope + velocity(x_next, tau_next)) / 2
+        x = x + (tau_next - tau) * slope
+    return x
+
+
+@pytest.mark.parametrize(("second_order", "steps"), [(False, 40), (True, 10)])
+def test_flow_samples_the_data_by_euler_and_heun(flow, second_order, steps):
+    model, diffusion, _ = flow
+    denoise = Denoiser(model, diffusion)
+    sigmas = noise_levels(diffusion, steps, "trailing")
+    noise = torch.randn(500, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+
+    def velocity(x_tau, tau):
+        return denoise.velocity(x_tau / (1 - tau), tau / (1 - tau))
+
+    with torch.no_grad():
+        samples = integrate(velocity, noise, (sigmas / (1 + sigmas)).tolist(), second_order)
+    assert denoise.evaluations == (2 * steps - 1 if second_order else steps)
+    assert samples.mean().item() == pytest.approx(MEAN, abs=0.03)
+    assert samples.std().item() == pytest.approx(SPREAD, rel=0.06)
 
 
 # -- the log --------------------------------------------------------------------------------------
@@ -820,6 +914,13 @@ def test_averaged_model_is_put_back(run_dir):
 def test_bad_options_are_named(flag, value):
     with pytest.raises(UserError, match=f"--{flag} '?{value}"):
         TrainOptions(**{flag: value})
+
+
+@pytest.mark.parametrize("name", SCHEDULE_SAMPLERS)
+def test_schedule_samplers_are_named_in_the_help(name):
+    assert TrainOptions(schedule_sampler=name).schedule_sampler == name
+    (field,) = (f for f in dataclasses.fields(TrainOptions) if f.name == "schedule_sampler")
+    assert name in field.metadata["help"]
 
 
 def test_ema_rate_may_be_a_number(run_dir):
