@@ -3,6 +3,10 @@
 An integrator that chooses its steps would choose them for a whole batch together, and a sample's
 result would depend on its company. Here every sample has an integrator, :mod:`scipy.integrate`'s,
 in a thread; what all of them ask for next is evaluated at once.
+
+That holds to the bit if the derivative of a sample does not depend on what it is evaluated with. A
+network rounds differently in another batch; where it is rough, steps that follow its errors make
+of 1e-7 a difference as large as the tolerance. Who wants the same to the bit evaluates one at once.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ DDPM: arXiv 2006.11239.
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 
@@ -19,9 +18,11 @@ from . import dist_util
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import ImageList
+from .likelihood import BOUND_STRATA as BOUND_STRATA
+from .likelihood import bound_strata as bound_strata
+from .likelihood import stratified_bound
 from .rng import randn_like, sample_generators
 
-BOUND_STRATA = 8  # model evaluations per image for the bound, besides that at t = 0
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2  # its multiples modulo 1 spread any stretch of them evenly
 
 Batches = Iterable[tuple[Tensor, dict[str, Tensor], list[int]]]
@@ -107,16 +108,21 @@ class Validation:
         loss = self.diffusion.training_losses(
             model, x_start, t, model_kwargs=model_kwargs, noise=noise
         )["loss"]
-        bound = self.diffusion._prior_bpd(x_start).double()
-        for i, (first, stop) in enumerate(self.strata):
-            # each stratum starts elsewhere: no image is early in all of them
-            shifted = turns + i * self.num_images // len(self.strata)
-            t_bound = self._spread(shifted % self.num_images, first, stop)
-            x_t = self.diffusion.q_sample(x_start, t_bound, randn_like(x_start, generators))
-            term = self.diffusion._vb_terms_bpd(
-                model, x_start, x_t, t_bound, clip_denoised=True, model_kwargs=model_kwargs
-            )["output"]
-            bound += (stop - first) * term
+        # each stratum starts elsewhere: no image is early in all of them
+        shifts = [i * self.num_images // len(self.strata) for i in range(len(self.strata))]
+        timesteps = [
+            self._spread((turns + shift) % self.num_images, *stratum)
+            for shift, stratum in zip(shifts, self.strata, strict=True)
+        ]
+        bound = stratified_bound(
+            model,
+            self.diffusion,
+            x_start,
+            self.strata,
+            timesteps,
+            generators,
+            model_kwargs=model_kwargs,
+        )
         for row, values in ((4 * t // self.diffusion.num_timesteps, loss), (4, bound)):
             rows = torch.zeros_like(t) + row
             sums.index_add_(0, rows, torch.stack([values.double(), torch.ones_like(bound)], dim=1))
@@ -124,18 +130,6 @@ class Validation:
     def _spread(self, turns: Tensor, first: int, stop: int) -> Tensor:
         """The midpoints of n equal parts of first ... stop - 1, by turn, [N]."""
         return first + (2 * turns + 1) * (stop - first) // (2 * self.num_images)
-
-
-def bound_strata(num_timesteps: int) -> list[tuple[int, int]]:
-    """The parts of 0 ... T - 1 of which an image sees one timestep each.
-
-    :return: (first, stop) of t = 0 alone, and of at most 8 parts of 1 ... T - 1 in geometric
-        progression; of single timesteps if T <= 9.
-    """
-    edges = np.arange(1, num_timesteps + 1)
-    if num_timesteps > BOUND_STRATA + 1:
-        edges = np.unique(np.geomspace(1, num_timesteps, BOUND_STRATA + 1).round().astype(int))
-    return list(itertools.pairwise([0, *edges.tolist()]))
 
 
 @contextlib.contextmanager

@@ -9,9 +9,17 @@ from golden_data import FormulaModel, make_diffusion
 from toy import make_model
 
 from improved_diffusion import dist_util
+from improved_diffusion.errors import UserError
 from improved_diffusion.image_datasets import ImageList, load_once
-from improved_diffusion.likelihood import TERMS, estimate_bound
+from improved_diffusion.likelihood import (
+    TERMS,
+    BoundLikelihood,
+    BoundOptions,
+    bound_strata,
+    estimate_bound,
+)
 from improved_diffusion.losses import approx_standard_normal_cdf
+from improved_diffusion.nll_results import Measured
 from improved_diffusion.rng import sample_generators
 
 COUNT = 7
@@ -190,19 +198,128 @@ def test_images_of_a_folder_are_estimated_once_each(digits_dir, diffusion):
 
 
 def test_processes_together_see_what_one_sees(images, diffusion, monkeypatch):
-    """Three of them, of which the last has run out of images; the first adds up all sums."""
-    shares, sums = [[0, 2, 5, 6], [1, 3, 4], []], []
+    """Three of them, of which the last has run out of images."""
+    shares, sent = [[0, 2, 5, 6], [1, 3, 4], []], []
 
-    def estimate(share, all_reduce):
-        monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    def estimate(share, gather):
+        monkeypatch.setattr(dist_util, "gather_objects", gather)
         return estimates(FormulaModel(), diffusion, [(images[share], {}, share)])[-1]
 
-    monkeypatch.setattr(dist_util, "get_world_size", lambda: 3)
-    first = torch.ones(())  # so that a process without images has something to divide by
+    # so that a process without images has something to divide by
+    some = ([0], {"vlb": Measured(np.zeros(1), {})})
     for share in shares[1:]:
-        estimate(share, lambda local: (sums.append(local.clone()), local.add_(first)))
-    together = estimate(shares[0], lambda local: local.add_(sum(sums)))
+        estimate(share, lambda mine: sent.append(mine) or [some, mine])
+        assert (sent[-1][1] == {}) == (not share)
+    together = estimate(shares[0], lambda mine: [mine, *sent])
     total = whole(FormulaModel(), diffusion, images)["total_bpd"].double()
     assert together.count == COUNT
     assert together.bpd == pytest.approx(total.mean().item(), rel=1e-5)
-    assert sums[-1].abs().max() == 0
+
+
+# -- from some of the timesteps ------------------------------------------------------------------
+
+
+def strata_of(steps, count):
+    return bound_strata(steps, count - 1)
+
+
+@pytest.mark.parametrize("steps", [2, 9, 10, 30, 100, 1000, 4000])
+def test_there_are_as_many_strata_as_asked_for(steps):
+    for count in {2, 3, 9, 10, 50, steps - 1, steps} & set(range(2, steps + 1)):
+        strata = strata_of(steps, count)
+        assert len(strata) == count
+        assert strata[0] == (0, 1)
+        assert [t for first, stop in strata for t in range(first, stop)] == list(range(steps))
+        widths = [stop - first for first, stop in strata]
+        assert min(widths) >= 1
+        assert widths[-1] == max(widths)
+
+
+def test_each_image_sees_one_timestep_of_each_stratum(images):
+    diffusion = make_diffusion(100, var="LEARNED_RANGE")
+    seen = {}
+    for seed in range(30):
+        model = FormulaModel()
+        estimates(model, diffusion, split(images, [3, 4]), seed=seed, vlb_timesteps=5)
+        rows = torch.cat([torch.stack(model.seen[:5]), torch.stack(model.seen[5:])], dim=1)
+        for stratum, timesteps in zip(strata_of(100, 5), rows.tolist(), strict=True):
+            seen.setdefault(stratum, []).extend(timesteps)
+    for (first, stop), timesteps in seen.items():
+        assert set(timesteps) <= set(range(first, stop))
+        middle = (first + stop - 1) / 2
+        error = (stop - first) / math.sqrt(12 * len(timesteps))
+        assert abs(np.mean(timesteps) - middle) <= 4 * error
+        assert len(set(timesteps)) > min(stop - first, len(timesteps)) / 2
+    widest = seen[strata_of(100, 5)[-1]]
+    assert len(set(widest[:COUNT])) > 2  # neighbours do not share theirs
+
+
+def test_all_strata_of_one_timestep_are_the_whole_bound(images):
+    """Of a model that knows the images, and is off by a constant, no noise is left."""
+    diffusion = make_diffusion(100, respacing="12", mean="START_X", var="FIXED_SMALL")
+
+    def model(x, t, known):
+        return known + 0.05
+
+    batches = list(split(images, [7], known=images))
+    (whole,) = estimates(model, diffusion, batches)
+    (every,) = estimates(model, diffusion, batches, vlb_timesteps=12)
+    assert every.bpd == pytest.approx(whole.bpd, rel=1e-5)
+    assert every.standard_error == pytest.approx(whole.standard_error, rel=1e-3)
+    assert every.terms == {}
+
+
+def test_clipping_labels_and_the_seed_reach_the_terms_of_a_subset(images):
+    diffusion = make_diffusion(40)
+    labels = torch.arange(COUNT).float()
+
+    def bpd(sizes=(3, 4), cond=None, **options):
+        batches = split(images, sizes, **(cond or {}))
+        return estimates(FormulaModel(), diffusion, batches, vlb_timesteps=6, **options)[-1].bpd
+
+    assert bpd((7,)) == pytest.approx(bpd(), rel=1e-6)
+    assert bpd((1, 6)) == pytest.approx(bpd(), rel=1e-6)
+    others = [bpd(cond={"y": labels}), bpd(clip_denoised=False), bpd(seed=1)]
+    assert len({round(value, 5) for value in (bpd(), *others)}) == 4
+
+
+def test_bound_from_some_timesteps_is_unbiased_and_its_error_honest():
+    """Over many draws of images, noise and timesteps."""
+    diffusion = make_diffusion(20, schedule="cosine", rescale_timesteps=True)
+    model, count, repeats = FormulaModel(), 12, 150
+
+    def draws(**options):
+        found = []
+        for seed in range(repeats):
+            torch.manual_seed(seed)
+            drawn = torch.rand(count, 1, 3, 3).mul(2).sub(1) * torch.rand(count, 1, 1, 1)
+            batch = (drawn, {}, list(range(count)))
+            found += estimates(model, diffusion, [batch], seed=seed, **options)
+        return np.array([[one.bpd, one.standard_error] for one in found]).T
+
+    bpd, error = draws(vlb_timesteps=3)
+    whole, _ = draws()
+    spread = bpd.std(ddof=1)
+    assert spread > 2 * whole.std(ddof=1)  # the timesteps matter, or this would show nothing
+    assert bpd.mean() == pytest.approx(whole.mean(), abs=4 * (bpd - whole).std() / repeats**0.5)
+    # the mean of 150 squared errors, each from 12 images
+    assert math.sqrt((error**2).mean()) == pytest.approx(spread, rel=0.15)
+
+
+@pytest.mark.parametrize(("steps", "count"), [(30, 1), (30, 31), (1, 2)])
+def test_number_of_timesteps_out_of_range(steps, count):
+    diffusion, options = make_diffusion(steps, schedule="cosine"), BoundOptions(vlb_timesteps=count)
+    with pytest.raises(UserError, match=rf"--vlb_timesteps {count}.*{steps}, the timesteps"):
+        BoundLikelihood(None, diffusion, options)
+    with pytest.raises(UserError, match="--vlb_timesteps -1"):
+        BoundOptions(vlb_timesteps=-1)
+
+
+def test_a_process_of_one_step_has_one_timestep(images):
+    diffusion = make_diffusion(1, schedule="cosine", mean="START_X", var="FIXED_SMALL")
+    batch = (images, {"known": images}, list(range(COUNT)))
+    one, whole = (
+        estimates(lambda x, t, known: known, diffusion, [batch], vlb_timesteps=count)[0]
+        for count in (1, 0)
+    )
+    assert one.bpd == pytest.approx(whole.bpd, rel=1e-6)

@@ -233,6 +233,80 @@ def test_samples_have_the_size_and_channels_of_the_run(tmp_path, run_script, obl
     assert Image.open(tmp_path / "png" / "000000_more.png").size == (12, 8)
 
 
+@pytest.fixture(scope="module")
+def without_signal(tmp_path_factory, digits_dir, run_script):
+    """A run that predicts v, whose last step has no signal, by betas from a file that is gone."""
+    folder = tmp_path_factory.mktemp("without_signal").resolve()
+    betas = np.linspace(0.01, 0.4, 30)
+    np.save(folder / "betas.npy", betas)
+    flags = {
+        **TINY,
+        "noise_schedule": "linear",
+        "betas": "betas.npy",
+        "predict": "v",
+        "zero_terminal_snr": True,
+        "loss_weight": "min_snr",
+        "schedule_sampler": "stratified",
+        "data_dir": digits_dir,
+        "log_dir": "run",
+        "batch_size": 8,
+        "ema_rate": 0.5,
+        "lr": 1e-3,
+        "lr_anneal_steps": 30,
+        "log_interval": 10,
+        "sample_interval": 20,
+        "val_fraction": 0.2,
+        "val_interval": 20,
+    }
+    succeed(run_script("image_train", flags, cwd=folder))
+    (folder / "betas.npy").unlink()
+    return folder, betas
+
+
+def test_v_trains_to_no_signal_with_previews_and_the_bound(without_signal):
+    folder, betas = without_signal
+    flags = json.loads((folder / "run" / "config.json").read_text())
+    assert [float(beta) for beta in flags["betas"].split(",")] == betas.tolist()
+    assert flags["predict"] == "v"
+    log = read_csv(folder / "run")
+    assert float(log[-1]["loss"]) < 0.8 * float(log[0]["loss"])
+    for row in log:  # weights below 1, of v's factor
+        assert float(row["loss"]) < float(row["mse"])
+    assert np.isfinite(float(log[-1]["val_bpd"]))
+    assert (folder / "run" / "preview_000020.png").exists()
+
+
+def test_samplers_and_the_bound_survive_no_signal(without_signal, digits_dir, run_script):
+    folder, _ = without_signal
+    made = []
+    for name, how in [("ddim", {"use_ddim": True, "eta": 1}), ("ddpm", {}), ("all", {})]:
+        own = {"model_path": "run/ema_0.5_000030.pt", "num_samples": 3, "log_dir": name}
+        respacing = {} if name == "all" else {"timestep_respacing": 5}
+        succeed(run_script("image_sample", own, how, respacing, cwd=folder))
+        made.append(samples(folder / name)[0])
+        assert made[-1].std() > 10
+    assert_other_images(made[0], made[1])
+    own = {"model_path": "run/ema_0.5_000030.pt", "num_samples": 2, "log_dir": "nll"}
+    done = succeed(run_script("image_nll", own, data_dir=digits_dir, cwd=folder))
+    assert re.search(r"bpd=\d", done.stdout)
+
+
+def test_flow_trains_and_samples_by_the_scripts(tmp_path, digits_dir, run_script):
+    flags = {**TINY, "noise_schedule": "linear", "predict": "flow", "learn_sigma": True}
+    flags |= {"data_dir": digits_dir, "log_dir": "run", "batch_size": 8, "ema_rate": 0.5}
+    flags |= {"schedule_sampler": "logit_normal", "lr_anneal_steps": 30, "log_interval": 10}
+    succeed(run_script("image_train", flags, lr=1e-3, cwd=tmp_path))
+    log = read_csv(tmp_path / "run")
+    assert float(log[-1]["mse"]) < 0.8 * float(log[0]["mse"])
+    own = {"model_path": "run/ema_0.5_000030.pt", "num_samples": 2, "timestep_respacing": 5}
+    succeed(run_script("image_sample", own, use_ddim=True, log_dir="out", cwd=tmp_path))
+    images, _ = samples(tmp_path / "out")
+    assert images.std() > 10
+    given = {"noise_schedule": "linear_path", "predict": "flow"}
+    succeed(run_script("image_sample", own, given, use_ddim=True, log_dir="same", cwd=tmp_path))
+    assert_same_images(samples(tmp_path / "same")[0], images)
+
+
 # -- image_sample
 
 
@@ -440,12 +514,12 @@ def test_evaluation_of_a_part_does_not_depend_on_the_batch(evaluate):
     bpd, error, done = evaluate(num_samples=5, batch_size=2)
     assert f"done 5 of {NUM_DIGITS} images" in done.stdout
     assert "ended before" not in done.stdout
-    again, error_again, _ = evaluate(num_samples=5, batch_size=5, num_workers=0)
+    again, error_again, _ = evaluate(num_samples=5, batch_size=5, num_workers=0, log_dir="again")
     assert again == pytest.approx(bpd, rel=1e-4)
     assert error_again == pytest.approx(error, rel=0.05)
-    assert evaluate(num_samples=5, batch_size=5, seed=1)[0] != again
-    assert evaluate(num_samples=6, batch_size=5)[0] != again
-    assert evaluate(num_samples=5, batch_size=5, clip_denoised=False)[0] != again
+    assert evaluate(num_samples=5, batch_size=5, seed=1, log_dir="seed")[0] != again
+    assert evaluate(num_samples=6, batch_size=5, log_dir="more")[0] != again
+    assert evaluate(num_samples=5, batch_size=5, clip_denoised=False, log_dir="wide")[0] != again
 
 
 # -- super-resolution
