@@ -18,7 +18,7 @@ from torch import Tensor
 from . import dist_util
 from .errors import UserError
 from .files import open_whole
-from .sample_parts import _differ, _flag_text
+from .same_job import as_stored, differences
 
 SAVE_SECONDS = 30.0  # between two writes of what is there; a killed job loses no more
 
@@ -143,7 +143,7 @@ class Results:
             raise UserError(
                 f"'{path}' is damaged: delete it to begin anew, or name another --log_dir"
             ) from None
-        _check_same(path, stored, json.loads(json.dumps(dict(deciding))))
+        _check_same(path, stored, as_stored(deciding))
         sums: dict[str, dict[str, np.ndarray]] = {}
         for method in self.bpd:
             start = f"sum_{method}_"
@@ -156,12 +156,8 @@ class Results:
 
 
 def _check_same(path: str, stored: Mapping[str, Any], deciding: Mapping[str, Any]) -> None:
-    names = [name for name in {**deciding, **stored} if _differ(name, deciding, stored)]
-    if names:
-        theirs, ours = (
-            " ".join(_flag_text(name, side.get(name)) for name in names)
-            for side in (stored, deciding)
-        )
+    theirs, ours = differences(stored, deciding)
+    if theirs:
         raise UserError(
             f"'{path}' holds results of {theirs}, not {ours}: give the same flags, or name another "
             "--log_dir"

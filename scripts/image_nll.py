@@ -29,7 +29,7 @@ from improved_diffusion.likelihood import BoundLikelihood, BoundOptions, bits_of
 from improved_diffusion.likelihood_ode import FlowLikelihood, FlowOptions
 from improved_diffusion.nll_results import Batches, Likelihood, Results, measure_all, saving
 from improved_diffusion.pixels import check_files, parse_value_range
-from improved_diffusion.sample_parts import deciding_flags
+from improved_diffusion.same_job import deciding_flags
 from improved_diffusion.script_util import (
     ModelAndDiffusionOptions,
     args_to_dict,

@@ -7,7 +7,8 @@ from improved_diffusion.checkpoint import describe_weights
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, height_width, make_parser, pick
 from improved_diffusion.pixels import parse_value_range
-from improved_diffusion.sample_parts import SampleParts, deciding_flags
+from improved_diffusion.same_job import deciding_flags
+from improved_diffusion.sample_parts import SampleParts
 from improved_diffusion.sample_util import (
     check_png,
     class_labels,

@@ -27,7 +27,8 @@ from script_runner import (
 
 from improved_diffusion import dist_util
 from improved_diffusion.errors import UserError
-from improved_diffusion.sample_parts import SampleParts, deciding_flags, fingerprint
+from improved_diffusion.same_job import deciding_flags, fingerprint
+from improved_diffusion.sample_parts import SampleParts
 from improved_diffusion.sample_util import collect_samples
 
 FLAGS = {"seed": 0, "sampler": "ddim", "image_size": (8, 12), "classes": ""}
