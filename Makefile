@@ -16,12 +16,12 @@ demo: $(VENV)/.demo
 	$(PY) datasets/digits.py $(DEMO)/digits
 	$(PY) scripts/image_train.py --log_dir $(DEMO)/train --data_dir $(DEMO)/digits \
 	    --image_size 8 --channels 1 --class_cond True --learn_sigma True \
-	    --noise_schedule cosine --num_channels 32 --num_res_blocks 1 \
+	    --noise_schedule cosine --predict v --num_channels 32 --num_res_blocks 1 \
 	    --attention_resolutions 4 --batch_size 64 --lr 2e-3 --ema_rate 0.99 \
 	    --lr_anneal_steps 1500 --log_interval 100 --save_interval 500
 	$(PY) scripts/image_sample.py --log_dir $(DEMO)/samples \
 	    --model_path $(DEMO)/train/ema_0.99_001500.pt --num_samples 500 --classes all \
-	    --batch_size 100 --use_ddim True --timestep_respacing ddim50
+	    --batch_size 100 --sampler dpmpp_2m --steps 15
 	$(PY) benchmarks/demo_quality.py $(DEMO)/samples
 	@echo "Look at $(DEMO)/samples/grid.png"
 

@@ -13,6 +13,7 @@ lsun = ["lmdb>=1.4"]
 scientific = ["tifffile>=2023.1.23", "imagecodecs>=2023.1.23"]
 webdataset = ["webdataset>=1.0"]
 ode = ["scipy>=1.10"]
+plots = ["matplotlib>=3.7"]
 
 setup(
     name="improved-diffusion",
@@ -33,7 +34,7 @@ setup(
         "pillow>=9.4",
     ],
     extras_require={
-        "test": [*test, *mpi, *tensorboard, *demo, *lsun, *scientific, *webdataset, *ode],
+        "test": [*test, *mpi, *tensorboard, *demo, *lsun, *scientific, *webdataset, *ode, *plots],
         "mpi": mpi,
         "tensorboard": tensorboard,
         "demo": demo,
@@ -41,5 +42,6 @@ setup(
         "scientific": scientific,
         "webdataset": webdataset,
         "ode": ode,
+        "plots": plots,
     },
 )

@@ -4,6 +4,7 @@ Importing this package needs torch and NumPy only.
 """
 
 from ._version import __version__
+from .denoiser import Denoiser
 from .errors import UserError
 from .gaussian_diffusion import (
     GaussianDiffusion,
@@ -23,9 +24,12 @@ from .script_util import (
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
+from .solvers import SOLVERS
 from .unet import SuperResModel, UNetModel
 
 __all__ = [
+    "SOLVERS",
+    "Denoiser",
     "GaussianDiffusion",
     "LossType",
     "ModelMeanType",

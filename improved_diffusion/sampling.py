@@ -25,16 +25,17 @@ from .solvers import get_solver
 OF_THE_PROCESS = ("ddpm", "ddim")  # the process's own samplers, which take its timesteps alone
 BY_TIMESTEP = ("respacing", "leading", "linspace", "trailing")
 
-# How --steps are spaced unless --spacing says so
+# How --steps are spaced unless --spacing says so. Trailing timesteps are some that the network was
+# trained at; long memories and noise want steps that are even in log-SNR (docs/samplers.md).
 DEFAULT_SPACING = {
     "ddpm": "respacing",
     "ddim": "respacing",
-    "euler": "log_snr",
-    "heun": "log_snr",
-    "dpmpp_2m": "log_snr",
+    "euler": "trailing",
+    "heun": "trailing",
+    "dpmpp_2m": "trailing",
     "dpmpp_3m": "log_snr",
     "dpmpp_2m_sde": "log_snr",
-    "unipc": "log_snr",
+    "unipc": "trailing",
     "sde": "log_snr",
     "ancestral": "trailing",
     "ode": "",  # chooses its own steps

@@ -129,7 +129,7 @@ def as_network(diffusion, data):
             p, q = (torch.from_numpy(c) for c in coefficients(kind, alpha_bar.numpy()))
             prediction = p * x_start + q * eps
         if variance_kind in (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE):
-            nearest = [min(range(len(kept)), key=lambda j: abs(kept[j] - step)) for step in t]
+            nearest = (t[:, None] - torch.tensor(list(kept))).abs().argmin(dim=1)
             values = _variance_values(diffusion, data)[nearest].view(shape).expand_as(prediction)
             prediction = torch.cat([prediction, values], dim=1)
         return prediction.to(x.dtype)

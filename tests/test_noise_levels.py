@@ -112,6 +112,7 @@ def test_timesteps_as_in_the_paper():
         1, 112, 223, 334, 445, 556, 667, 778, 889, 1000,
     ]  # fmt: skip
     assert [t + 1 for t in spaced_timesteps(1000, 10, "trailing")] == list(range(100, 1001, 100))
+    assert spaced_timesteps(10, 3, "linspace") == [0, 5, 9]  # halves are rounded up
 
 
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])

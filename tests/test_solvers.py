@@ -149,9 +149,9 @@ def numbers(x):
 
 
 def test_euler_by_hand():
-    x = solvers.sample_euler(Script(0.5, -0.25), 4 * ones(), [2.0, 1.0, 0.5])
+    x = solvers.sample_euler(Script(0.5, -0.25), 4 * ones(), [2.0, 1.0, 0.25])
     # dx/dsigma = (4 - 0.5) / 2, then (2.25 + 0.25) / 1
-    assert numbers(x) == [4 - 1.75 - 0.5 * 2.5]
+    assert numbers(x) == [4 - 1.75 - 0.75 * 2.5]
 
 
 def test_heun_by_hand():
