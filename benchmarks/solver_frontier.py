@@ -50,7 +50,7 @@ from analytic import Mixture, as_network  # noqa: E402
 DETERMINISTIC = ("ddim", "euler", "heun", "dpmpp_2m", "dpmpp_3m", "unipc")
 STEPS = (5, 10, 15, 20, 50)
 MORE_STEPS = (7, 30, 100)  # on the mixture, whose network costs nothing
-TOLERANCES = (1e-1, 1e-2)  # of the ODE, in place of steps
+TOLERANCES = (1e-2, 1e-3)  # of the ODE, in place of steps
 DDPM_STEPS = 250  # what the others are to be compared with
 FINE = 4000  # steps of the reference solution
 DIRECTIONS = 64

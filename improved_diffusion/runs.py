@@ -22,7 +22,7 @@ from ._version import __version__
 from .errors import UserError
 from .flags import given_flags, option, pick, require_at_least
 from .image_datasets import ImageList
-from .schedules import shorten
+from .schedules import is_absent_file, shorten
 from .script_util import (
     FIXED_BY_TRAINING,
     FLOW_SCHEDULE,
@@ -155,6 +155,9 @@ def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
     else:
         stored = {**_BEFORE, **stored}
         stored, given = _in_same_words(flags, given, stored)
+        if stored["betas"] and is_absent_file(flags.get("betas", "")):
+            log.info(f"--betas {flags['betas']} is gone: its numbers are stored with the run")
+            flags = {**flags, "betas": stored["betas"]}
         _check_betas(flags, given, stored, folder)
     if not flags.get("num_classes"):
         given = given - {"num_classes"}  # 0: to be counted

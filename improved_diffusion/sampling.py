@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,11 +17,19 @@ from .denoiser import Denoiser
 from .errors import UserError
 from .flags import option, require, require_at_least
 from .gaussian_diffusion import GaussianDiffusion, Model
-from .noise_levels import KARRAS_RHO, SPACINGS, noise_levels, spaced_timesteps
+from .noise_levels import (
+    KARRAS_RHO,
+    SPACINGS,
+    NoiseLevels,
+    noise_levels,
+    spaced_timesteps,
+)
 from .predictions import ModelMeanType
 from .respace import SpacedDiffusion, space_timesteps
 from .rng import randn, sample_generators
 from .solvers import get_solver
+
+log = logging.getLogger(__name__)
 
 OF_THE_PROCESS = ("ddpm", "ddim")  # the process's own samplers, which take its timesteps alone
 BY_TIMESTEP = ("respacing", "leading", "linspace", "trailing")
@@ -86,9 +95,9 @@ class SampleOptions:
         for name in ("eta", "stochasticity"):
             value = getattr(self, name)
             require(0 <= value <= 1, name, value, "in [0, 1]")
-        for name in ("rho", "ode_tolerance"):
-            value = getattr(self, name)
-            require(0 < value < math.inf, name, value, "above 0")
+        require(0 < self.rho < math.inf, "rho", self.rho, "above 0")
+        tolerance = self.ode_tolerance
+        require(1e-9 <= tolerance < 1, "ode_tolerance", tolerance, "in [1e-9, 1)")
         if self.use_ddim and self.sampler not in ("", "ddim"):
             raise UserError(
                 f"--use_ddim True contradicts --sampler {self.sampler}: leave one of them out"
@@ -160,6 +169,7 @@ def check_sampler(
         )
     if options.steps:
         _respaced(diffusion, options.steps, "respacing")  # in 1 ... T ?
+    _check_beginning(diffusion, options)
     if options.chosen in OF_THE_PROCESS:
         return
     if diffusion.model_mean_type == ModelMeanType.PREVIOUS_X:
@@ -171,6 +181,17 @@ def check_sampler(
         Denoiser(model, diffusion)
     except UserError as error:
         raise UserError(f"--sampler {options.chosen}: {error}") from None
+
+
+def _check_beginning(diffusion: GaussianDiffusion, options: SampleOptions) -> None:
+    """Warn of steps that begin where some signal is left, if the process ends without."""
+    levels = NoiseLevels(diffusion)
+    first = float(sampling_levels(diffusion, options)[0])
+    if levels.ends_without_signal and first < 0.999 * levels.sigma_max:
+        log.warning(
+            "the steps leave out the last one of the process, at which no signal is left: images "
+            "come out greyer; choose --spacing trailing, or a respacing that holds it"
+        )
 
 
 def describe_sampler(diffusion: GaussianDiffusion, options: SampleOptions) -> str:

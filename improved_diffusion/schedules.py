@@ -191,7 +191,7 @@ def check_falling(alpha_bar: np.ndarray) -> None:
     if len(rising):
         raise UserError(
             f"the schedule's log-SNR does not fall at step {rising[0]} of {len(alpha_bar)}: every "
-            "beta must be above 0, and only the last may leave no signal; linear and cosine do so"
+            "beta must be above 0 and only the last may be 1, as in the named schedules"
         )
 
 
@@ -260,12 +260,21 @@ def betas_text(betas: np.ndarray) -> str:
 def betas_flag(text: str) -> str:
     """Read ``--betas``: the numbers as a text, which travels where a file does not.
 
-    :raises argparse.ArgumentTypeError: for what :func:`read_betas` refuses.
+    The name of a file that does not exist stays, as a run that goes on has its numbers already.
+
+    :raises argparse.ArgumentTypeError: for what else :func:`read_betas` refuses.
     """
+    if not text or is_absent_file(text):
+        return text
     try:
-        return betas_text(read_betas(text)) if text else ""
+        return betas_text(read_betas(text))
     except UserError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--betas ")) from None
+
+
+def is_absent_file(text: str) -> bool:
+    """Whether ``--betas`` holds neither numbers nor the name of a file that exists."""
+    return bool(text) and _numbers(text) is None and not os.path.isfile(text)
 
 
 def shorten(text: str, most: int = 60) -> str:

@@ -543,6 +543,7 @@ def _betas(
 ) -> np.ndarray:
     """The noise levels, float64 [T], of flags that do not contradict each other."""
     own = len(betas) > 0
+    levels = read_betas(betas) if own else None
     for flag, given in (("--betas", own), ("--zero_terminal_snr True", zero_snr)):
         if given and kind == ModelMeanType.FLOW:
             raise UserError(
@@ -552,14 +553,12 @@ def _betas(
         raise UserError(
             f"--betas contradicts --noise_schedule {noise_schedule}: leave one of them out"
         )
-    if own:
-        levels = read_betas(betas)
-        if len(levels) != steps:
-            raise UserError(
-                f"--betas holds {len(levels)} numbers, --diffusion_steps is {steps}: give "
-                f"--diffusion_steps {len(levels)}, or {steps} numbers"
-            )
-    else:
+    if levels is not None and len(levels) != steps:
+        raise UserError(
+            f"--betas holds {len(levels)} numbers, --diffusion_steps is {steps}: give "
+            f"--diffusion_steps {len(levels)}, or {steps} numbers"
+        )
+    if levels is None:
         name = schedule_name(noise_schedule, kind)
         levels = gd.get_named_beta_schedule(name, steps, image_size)
     if zero_snr:

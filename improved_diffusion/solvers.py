@@ -189,7 +189,7 @@ def sample_ode(
         relative to 1 + |x|.
     :raises ValueError: also if scipy is missing, D is not finite, or a step fails.
     """
-    check(0 < tolerance < math.inf, "tolerance", tolerance, "above 0")
+    check(1e-9 <= tolerance < 1, "tolerance", tolerance, "in [1e-9, 1)")
     levels = check_levels(sigmas)
     smallest = levels[-1] if levels[-1] > 0 else levels[-2]
     # the samples that have come to their end keep their places: D may depend on the place
@@ -272,6 +272,9 @@ def sample_sde(
     s = 0 is the probability-flow ODE, and this is Euler's method; s = 1 is the reverse of adding
     noise, the variance-exploding SDE of 2011.13456 eqs. 6 and 9.
 
+    Differs from Euler-Maruyama where its step would lead x beyond D, for s = 1 to less than half of
+    sigma, as the step to 0 does: there the step is the exact solution for a D that stays the same.
+
     The other arguments are those of :func:`sample_euler`.
 
     :param stochasticity: 0 ... 1.
@@ -280,17 +283,19 @@ def sample_sde(
     """
     check(0 <= stochasticity <= 1, "stochasticity", stochasticity, "in 0 ... 1")
     draw, report = noise_sampler or normal_noise(generator), callback or ignore
+    squared = stochasticity**2
     for i, (sigma, sigma_next) in enumerate(pairwise(check_levels(sigmas))):
         x_start = denoise(x, sigma).to(x)
-        if sigma_next == 0:
-            x = x_start
-        else:
-            d = (1 + stochasticity**2) / sigma * (x - x_start)  # EDM eq. 6
-            x = x + (sigma_next - sigma) * d
-            if stochasticity > 0:
-                # the integral of 2 sigma, rather than 2 sigma |dsigma|: no more work, less error
-                variance = (sigma - sigma_next) * (sigma + sigma_next)
-                x = x + stochasticity * math.sqrt(variance) * draw(x, sigma, sigma_next)
+        ratio = sigma_next / sigma
+        kept = 1 - (1 + squared) * (1 - ratio)  # of x - D, by EDM eq. 6
+        # the integral of 2 sigma, rather than 2 sigma |dsigma|: no more work, less error
+        variance = squared * (sigma - sigma_next) * (sigma + sigma_next)
+        if kept < 0:  # beyond D: the step that is exact while D stays
+            kept = ratio ** (1 + squared)
+            variance = sigma_next**2 * (1 - ratio ** (2 * squared))
+        x = x_start + kept * (x - x_start)
+        if stochasticity > 0 and sigma_next > 0:
+            x = x + math.sqrt(variance) * draw(x, sigma, sigma_next)
         report(i, x=x, x_start=x_start, sigma=sigma)
     return x
 

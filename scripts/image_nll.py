@@ -87,6 +87,8 @@ def main() -> None:
         what = "bound is" if options.method == "vlb" else "results are"
         logger.log(f"the {what} in {bits_of_a_range(flags['value_range'])}")
     wanted = min(options.num_samples, len(images.paths))
+    if results.count:
+        logger.log(f"going on: {results.count} of {wanted} images are in {path}")
     show(saving(measure_all(methods, batches, results), path, deciding), results, wanted)
     if dist_util.get_rank() == 0:
         write(flags, methods, results, deciding)

@@ -149,6 +149,7 @@ def test_killed_evaluation_ends_as_if_it_had_not_been(
     more = {"method": "both", "num_samples": 5}
     numbers, done = evaluate("cut", **more)
     assert f"{kept}/5" in done.stderr  # where the bar begins
+    assert f"going on: {kept} of 5 images" in (tmp_path / "cut" / "log.txt").read_text()
     whole, _ = evaluate("whole", **more)
     assert numbers == whole
     states = [dict(np.load(tmp_path / name / "nll_images.npz")) for name in ("cut", "whole")]

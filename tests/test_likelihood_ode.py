@@ -15,6 +15,7 @@ from improved_diffusion.likelihood_ode import (
     BIN,
     FlowLikelihood,
     FlowOptions,
+    _slope_and_divergence,
     flow_bpd,
 )
 from improved_diffusion.nll_results import Results, measure_all
@@ -105,6 +106,17 @@ def test_more_probes_and_more_draws_are_less_noisy():
     once, often = (flow(narrow, x, dequantisations=draws, ode_tolerance=1e-3) for draws in (1, 8))
     assert often.bpd.std() < 0.6 * once.bpd.std()
     assert often.evaluations.sum() > 6 * once.evaluations.sum()
+
+
+def test_divergence_of_a_linear_denoiser_is_the_probes_quadratic_form():
+    """D(x) = A x with entries of both signs: each probe gives v' A v, whose mean is tr A."""
+    matrix = torch.tensor([[0.5, -0.8, 0.1], [-0.3, -0.2, 0.7], [0.4, -0.6, 0.3]]).double()
+    probes = torch.tensor([[[1, -1, 1], [1, 1, -1]], [[-1, -1, 1], [1, 1, 1]]]).double()
+    sigma = torch.tensor([0.5, 2.0]).double()
+    z = torch.randn(2, 3, dtype=torch.float64)
+    _, divergence = _slope_and_divergence(lambda x, _: x @ matrix.T, z, sigma, probes)
+    forms = torch.einsum("pni,ij,pnj->pn", probes, matrix, probes).mean(dim=0)
+    torch.testing.assert_close(divergence, 3 / (1 + sigma**2) - forms)
 
 
 def test_one_probe_is_exact_where_the_jacobian_is_diagonal():
