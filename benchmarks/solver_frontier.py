@@ -248,6 +248,8 @@ def plot(result: dict, path: str) -> None:
         axis.set(xscale="log", yscale="log", title=title, xlabel="evaluations of the network")
         axis.title.set_fontsize(10)
         axis.set_xticks([5, 10, 20, 50, 100, 250], ["5", "10", "20", "50", "100", "250"])
+        if key == "frechet":  # within one power of ten
+            axis.set_yticks([12, 15, 20, 30, 50, 100], ["12", "15", "20", "30", "50", "100"])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
     handles = {
