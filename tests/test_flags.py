@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import functools
 import importlib.util
+import re
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,7 @@ from improved_diffusion.flags import (
     size_text,
     str2bool,
 )
+from improved_diffusion.schedules import read_betas
 
 RECORDED = load_json("flags")
 SCRIPTS = sorted(RECORDED)
@@ -182,10 +184,17 @@ def test_betas_flag_reads_a_file_and_keeps_the_numbers(tmp_path):
         assert parse(script, "--betas", "")["betas"] == ""
 
 
-@pytest.mark.parametrize("text", ["nowhere.npy", "0.1,2", "0.5,abc"])
+@pytest.mark.parametrize("text", ["0.1,2", "0.5,0", "0.1,1,0.1"])
 def test_betas_flag_refuses_what_is_no_schedule(capsys, text):
     line = error_line(capsys, parser_of("image_train.py"), "--betas", text)
-    assert f"--betas {text}" in line
+    assert f"--betas: {text}: " in line
+
+
+@pytest.mark.parametrize("text", ["nowhere.npy", "0.5,abc"])
+def test_betas_flag_leaves_the_name_of_a_file_that_is_gone(text):
+    assert parse("image_train.py", "--betas", text)["betas"] == text
+    with pytest.raises(UserError, match=f"--betas {re.escape(text)}: no such file"):
+        read_betas(text)
 
 
 # -- flags given and not given --------------------------------------------------------------------
