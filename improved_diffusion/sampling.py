@@ -219,6 +219,17 @@ def draw_samples(
     :param model_kwargs: for the model, with N = len(indices) rows each.
     :return: float32 [N, C, H, W], mostly in [-1, 1].
     """
+    if options.chosen == "ode" and len(indices) > 1:
+        # one at a time: its steps grow the rounding that a network does in another batch
+        alone = [
+            {name: value[row : row + 1] for name, value in model_kwargs.items()}
+            for row in range(len(indices))
+        ]
+        rows = [
+            draw_samples(model, diffusion, [index], image_shape, options, seed, own)
+            for index, own in zip(indices, alone, strict=True)
+        ]
+        return torch.cat(rows)
     shape = (len(indices), *image_shape)
     generators = sample_generators(seed, indices)
     if options.chosen not in OF_THE_PROCESS:
