@@ -74,9 +74,8 @@ def main() -> None:
         num_classes=model.num_classes or 0,
         value_range=value_range,
     )
-    num_samples = options.num_samples
-    if "num_samples" not in given and not base_path.endswith(".npz"):
-        num_samples = len(base.images)
+    one_each = "num_samples" not in given and not base_path.endswith(".npz")
+    num_samples = len(base.images) if one_each else options.num_samples
     given_images = [base.images] if base.labels is None else [base.images, base.labels]
     deciding = deciding_flags(
         flags | options.resolved(),

@@ -25,7 +25,7 @@ def test_commands_run(tmp_path):
     env = environment()
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     blocks = marked_blocks()
-    assert [language for language, _ in blocks] == ["sh", "sh", "sh", "sh", "sh", "python"]
+    assert [language for language, _ in blocks] == [*["sh"] * 6, "python"]
     for language, code in blocks:
         command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
         done = subprocess.run(
@@ -34,6 +34,8 @@ def test_commands_run(tmp_path):
         assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
     runs = tmp_path / "runs"
     for promised in (
+        "few_steps/samples_20x8x8x1.npz",
+        "nll/nll.json",
         "digits/config.json",
         "digits/log.txt",
         "digits/progress.csv",
@@ -43,7 +45,7 @@ def test_commands_run(tmp_path):
         "samples/samples_20x8x8x1.npz",
         "samples/grid.png",
         "samples/png/000007_7.png",
-        "nll/vb_terms.npz",
+        "nll/nll_images.npz",
         "sr_samples/samples_4x16x16x1.npz",
     ):
         assert (runs / promised).is_file(), promised
