@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion
-from .respace import SpacedDiffusion
+from .respace import SpacedDiffusion, original_alphas_cumprod
 from .schedules import check_falling
 
 SPACINGS = ("respacing", "leading", "linspace", "trailing", "karras", "log_snr")
@@ -34,9 +34,7 @@ class NoiseLevels:
     """
 
     def __init__(self, diffusion: GaussianDiffusion) -> None:
-        alpha_bar = diffusion.alphas_cumprod
-        if isinstance(diffusion, SpacedDiffusion):
-            alpha_bar = diffusion.original_alphas_cumprod
+        alpha_bar = original_alphas_cumprod(diffusion)
         check_falling(alpha_bar)
         self.ends_without_signal = bool(alpha_bar[-1] == 0)
         self.log_snr = _log_snr(alpha_bar)

@@ -120,6 +120,32 @@ class SpacedDiffusion(GaussianDiffusion):
         return t  # _WrappedModel scales, after mapping back
 
 
+def original_alphas_cumprod(diffusion: GaussianDiffusion) -> np.ndarray:
+    """alpha_bar of all the steps that the model was trained at, float64 [T]."""
+    if isinstance(diffusion, SpacedDiffusion):
+        return diffusion.original_alphas_cumprod
+    return diffusion.alphas_cumprod
+
+
+def respaced(diffusion: GaussianDiffusion, timesteps: Collection[int]) -> SpacedDiffusion:
+    """The same process over other timesteps.
+
+    :param diffusion: respaced already, or not.
+    :param timesteps: of those that the model was trained at.
+    """
+    alpha_bar = original_alphas_cumprod(diffusion)
+    kind = type(diffusion) if isinstance(diffusion, SpacedDiffusion) else SpacedDiffusion
+    return kind(
+        use_timesteps=timesteps,
+        betas=1 - alpha_bar / np.append(1.0, alpha_bar[:-1]),
+        model_mean_type=diffusion.model_mean_type,
+        model_var_type=diffusion.model_var_type,
+        loss_type=diffusion.loss_type,
+        rescale_timesteps=diffusion.rescale_timesteps,
+        loss_weight=diffusion.loss_weight,
+    )
+
+
 class _WrappedModel:
     """A model that is handed respaced timesteps and passes on the original ones."""
 

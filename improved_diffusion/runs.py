@@ -22,14 +22,13 @@ from ._version import __version__
 from .errors import UserError
 from .flags import given_flags, option, pick, require_at_least
 from .image_datasets import ImageList
+from .process import FLOW_SCHEDULE, prediction_name
 from .schedules import is_absent_file, shorten
 from .script_util import (
     FIXED_BY_TRAINING,
-    FLOW_SCHEDULE,
     NUM_CLASSES,
     ModelAndDiffusionOptions,
     SuperResOptions,
-    prediction_name,
 )
 
 log = logging.getLogger(__name__)

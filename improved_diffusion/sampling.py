@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,7 +24,7 @@ from .noise_levels import (
     spaced_timesteps,
 )
 from .predictions import ModelMeanType
-from .respace import SpacedDiffusion, space_timesteps
+from .respace import SpacedDiffusion, original_alphas_cumprod, respaced, space_timesteps
 from .rng import randn, sample_generators
 from .solvers import get_solver
 
@@ -288,9 +287,7 @@ def sampling_levels(diffusion: GaussianDiffusion, options: SampleOptions) -> Ten
 
 def _all_steps(diffusion: GaussianDiffusion) -> int:
     """T of the process that the model was trained for."""
-    if isinstance(diffusion, SpacedDiffusion):
-        return diffusion.original_num_steps
-    return diffusion.num_timesteps
+    return len(original_alphas_cumprod(diffusion))
 
 
 def _respaced(diffusion: GaussianDiffusion, steps: int, spacing: str) -> SpacedDiffusion:
@@ -301,20 +298,7 @@ def _respaced(diffusion: GaussianDiffusion, steps: int, spacing: str) -> SpacedD
     :raises ValueError: unless steps are in 1 ... T.
     """
     total = _all_steps(diffusion)
-    if spacing == "respacing":
-        require(1 <= steps <= total, "steps", steps, f"in 1 ... {total}, the steps of the process")
-        timesteps = space_timesteps(total, str(steps))
-    else:
-        timesteps = set(spaced_timesteps(total, steps, spacing))
-    alpha_bar = diffusion.alphas_cumprod
-    kind = SpacedDiffusion
-    if isinstance(diffusion, SpacedDiffusion):
-        alpha_bar, kind = diffusion.original_alphas_cumprod, type(diffusion)
-    return kind(
-        use_timesteps=timesteps,
-        betas=1 - alpha_bar / np.append(1.0, alpha_bar[:-1]),
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=diffusion.model_var_type,
-        loss_type=diffusion.loss_type,
-        rescale_timesteps=diffusion.rescale_timesteps,
-    )
+    if spacing != "respacing":
+        return respaced(diffusion, spaced_timesteps(total, steps, spacing))
+    require(1 <= steps <= total, "steps", steps, f"in 1 ... {total}, the steps of the process")
+    return respaced(diffusion, space_timesteps(total, str(steps)))
