@@ -16,6 +16,10 @@ from .gaussian_diffusion import (
 )
 from .respace import SpacedDiffusion, space_timesteps
 from .script_util import (
+    classifier_and_diffusion_defaults,
+    classifier_defaults,
+    create_classifier,
+    create_classifier_and_diffusion,
     create_gaussian_diffusion,
     create_model,
     create_model_and_diffusion,
@@ -25,11 +29,12 @@ from .script_util import (
     sr_model_and_diffusion_defaults,
 )
 from .solvers import SOLVERS
-from .unet import SuperResModel, UNetModel
+from .unet import EncoderUNetModel, SuperResModel, UNetModel
 
 __all__ = [
     "SOLVERS",
     "Denoiser",
+    "EncoderUNetModel",
     "GaussianDiffusion",
     "LossType",
     "ModelMeanType",
@@ -40,6 +45,10 @@ __all__ = [
     "UserError",
     "__version__",
     "betas_for_alpha_bar",
+    "classifier_and_diffusion_defaults",
+    "classifier_defaults",
+    "create_classifier",
+    "create_classifier_and_diffusion",
     "create_gaussian_diffusion",
     "create_model",
     "create_model_and_diffusion",

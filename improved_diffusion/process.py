@@ -3,19 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from . import gaussian_diffusion as gd
 from .errors import UserError
-from .flags import ImageSize
-from .loss_weights import NO_WEIGHT
-from .predictions import ModelMeanType, named_prediction
+from .flags import ImageSize, option, require_at_least
+from .loss_weights import LOSS_WEIGHTS, NO_WEIGHT
+from .predictions import PREDICTIONS, ModelMeanType, named_prediction
 from .respace import SpacedDiffusion, space_timesteps
-from .schedules import read_betas, zero_terminal_snr
+from .schedules import NAMED_SCHEDULES, betas_flag, read_betas, zero_terminal_snr
 
 DEFAULT_SCHEDULE = "linear"
 FLOW_SCHEDULE = "linear_path"
+
+
+@dataclass(frozen=True)
+class DiffusionOptions:
+    """The options of the process, of which each kind of network has some more."""
+
+    learn_sigma: bool = option(False, "learn the variance of each step beside its mean")
+    sigma_small: bool = option(False, "fixed variance: the posterior's (beta-tilde), not beta")
+    diffusion_steps: int = option(1000, "noising steps T of the process; not the training's length")
+    noise_schedule: str = option(DEFAULT_SCHEDULE, f"{', '.join(NAMED_SCHEDULES)}")
+    timestep_respacing: str = option(
+        "", "steps to sample with: '250', 'ddim50', '10,15,20' per section; '' for all"
+    )
+    use_kl: bool = option(False, "train on the variational bound")
+    predict_xstart: bool = option(False, "the network predicts the image, not the noise")
+    rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0 ... 1000")
+    rescale_learned_sigmas: bool = option(
+        True, "with --learn_sigma: weigh the bound's term by T / 1000"
+    )
+    predict: str = option(
+        "",
+        f"what the network predicts: {', '.join(PREDICTIONS)} (the velocity of the linear path); "
+        "'': as --predict_xstart says",
+    )
+    loss_weight: str = option(
+        NO_WEIGHT, f"weight of each noise level in the loss: {', '.join(LOSS_WEIGHTS)}"
+    )
+    betas: str = option(
+        "",
+        "noise levels of your own instead of --noise_schedule: an .npy file, a text file with one "
+        "number per line, or the numbers themselves",
+        betas_flag,
+    )
+    zero_terminal_snr: bool = option(
+        False, "rescale the noise levels so that the last leaves no signal; not with eps"
+    )
+
+    _size_flag: ClassVar[str]  # the option that holds the size of the images made
+
+    def __post_init__(self) -> None:
+        require_at_least(1, self, ["diffusion_steps"])
+
+    def diffusion(self) -> SpacedDiffusion:
+        """The diffusion process of these options."""
+        return create_gaussian_diffusion(
+            steps=self.diffusion_steps,
+            learn_sigma=self.learn_sigma,
+            sigma_small=self.sigma_small,
+            noise_schedule=self.noise_schedule,
+            use_kl=self.use_kl,
+            predict_xstart=self.predict_xstart,
+            rescale_timesteps=self.rescale_timesteps,
+            rescale_learned_sigmas=self.rescale_learned_sigmas,
+            timestep_respacing=self.timestep_respacing,
+            predict=self.predict,
+            loss_weight=self.loss_weight,
+            betas=self.betas,
+            zero_terminal_snr=self.zero_terminal_snr,
+            image_size=getattr(self, self._size_flag),
+        )
 
 
 def create_gaussian_diffusion(

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import argparse
-import logging
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from .architecture import (
+    CHANNEL_MULTS,
+    SUPER_RES_MULTS,
+    Widths,
+    attention_factors,
+    channel_mult,
+)
+from .classifier_options import (
+    NUM_CLASSES,
+    ClassifierOptions,
+    classifier_and_diffusion_defaults,
+    classifier_defaults,
+    create_classifier,
+    create_classifier_and_diffusion,
+    diffusion_defaults,
+)
 from .errors import UserError
 from .flags import (
     ImageSize,
     defaults,
     flag_type,
     height_width,
-    numbers,
     option,
     require,
     require_at_least,
@@ -25,23 +38,27 @@ from .flags import (
 from .flags import (
     image_size as read_image_size,
 )
-from .loss_weights import LOSS_WEIGHTS, NO_WEIGHT
+from .loss_weights import NO_WEIGHT
 from .pixels import parse_value_range, value_range_flag
-from .predictions import PREDICTIONS
-from .process import DEFAULT_SCHEDULE, create_gaussian_diffusion
+from .process import DiffusionOptions, create_gaussian_diffusion
 from .respace import SpacedDiffusion
-from .schedules import NAMED_SCHEDULES, betas_flag
 from .unet import SuperResModel, UNetModel
 
 __all__ = [
     "NUM_CLASSES",
+    "ClassifierOptions",
     "ModelAndDiffusionOptions",
     "SuperResOptions",
     "add_dict_to_argparser",
     "args_to_dict",
+    "classifier_and_diffusion_defaults",
+    "classifier_defaults",
+    "create_classifier",
+    "create_classifier_and_diffusion",
     "create_gaussian_diffusion",
     "create_model",
     "create_model_and_diffusion",
+    "diffusion_defaults",
     "model_and_diffusion_defaults",
     "sr_create_model",
     "sr_create_model_and_diffusion",
@@ -49,50 +66,35 @@ __all__ = [
     "str2bool",
 ]
 
-log = logging.getLogger(__name__)
-
-NUM_CLASSES = 1000  # where neither the data nor the caller tells
-
-# Width of each level in multiples of num_channels, by the longer side of the image
-# (IDDPM appendix A; 128 as in arXiv 2105.05233)
-CHANNEL_MULTS = {
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-    32: (1, 2, 2, 2),
-}
-SMALLEST_LEVEL = 4  # pixels: images below 32 get fewer levels than the table says
-
 
 @dataclass(frozen=True)
-class _SharedOptions:
-    """The options of both kinds of model."""
+class _NetworkOptions:
+    """The options of both kinds of U-Net."""
 
     num_channels: int = option(128, "width of the first level; a multiple of 32")
     num_res_blocks: int = option(2, "residual blocks per level")
     num_heads: int = option(4, "attention heads")
     num_heads_upsample: int = option(-1, "attention heads on the way up; -1: as --num_heads")
+    num_head_channels: int = option(
+        -1, "channels of each attention head, at every level; -1: as --num_heads says"
+    )
     attention_resolutions: str = option(
         "16,8", "sizes in pixels (of the longer side) of the levels that attend"
     )
     dropout: float = option(0.0, "probability of dropping a feature in training")
-    learn_sigma: bool = option(False, "learn the variance of each step beside its mean")
-    sigma_small: bool = option(False, "fixed variance: the posterior's (beta-tilde), not beta")
     class_cond: bool = option(False, "condition on the class of the image")
-    diffusion_steps: int = option(1000, "noising steps T of the process; not the training's length")
-    noise_schedule: str = option(DEFAULT_SCHEDULE, f"{', '.join(NAMED_SCHEDULES)}")
-    timestep_respacing: str = option(
-        "", "steps to sample with: '250', 'ddim50', '10,15,20' per section; '' for all"
-    )
-    use_kl: bool = option(False, "train on the variational bound")
-    predict_xstart: bool = option(False, "the network predicts the image, not the noise")
-    rescale_timesteps: bool = option(True, "the network sees timesteps scaled to 0 ... 1000")
-    rescale_learned_sigmas: bool = option(
-        True, "with --learn_sigma: weigh the bound's term by T / 1000"
+    class_dropout: float = option(
+        0.0,
+        "with --class_cond: share of the labels hidden in training, so that --guidance_scale can "
+        "guide the samples; 0: none",
     )
     use_checkpoint: bool = option(False, "recompute activations in training, to save memory")
     use_scale_shift_norm: bool = option(
         True, "the timestep scales and shifts the features rather than being added"
+    )
+    resblock_updown: bool = option(False, "resample by residual blocks")
+    use_new_attention_order: bool = option(
+        False, "the order of heads that some checkpoints were trained with; not for its own sake"
     )
     channel_mult: str = option(
         "", "width of each level in multiples of --num_channels: '1,2,2'; '' by image size"
@@ -109,46 +111,45 @@ class _SharedOptions:
         "PNG, TIFF and .npy as they are; '': 8-bit pictures",
         value_range_flag,
     )
-    predict: str = option(
-        "",
-        f"what the network predicts: {', '.join(PREDICTIONS)} (the velocity of the linear path); "
-        "'': as --predict_xstart says",
-    )
-    loss_weight: str = option(
-        NO_WEIGHT, f"weight of each noise level in the loss: {', '.join(LOSS_WEIGHTS)}"
-    )
-    betas: str = option(
-        "",
-        "noise levels of your own instead of --noise_schedule: an .npy file, a text file with one "
-        "number per line, or the numbers themselves",
-        betas_flag,
-    )
-    zero_terminal_snr: bool = option(
-        False, "rescale the noise levels so that the last leaves no signal; not with eps"
-    )
 
-    _size_flag: ClassVar[str]  # the option that holds the size of the images made
-
-    def __post_init__(self) -> None:
-        require_at_least(
-            1, self, ["num_channels", "num_res_blocks", "num_heads", "diffusion_steps", "channels"]
-        )
+    def check(self) -> None:
+        """Refuse what no network can be made of."""
+        names = ["num_channels", "num_res_blocks", "num_heads", "channels"]
+        require_at_least(1, self, names)
         require_at_least(0, self, ["num_classes"])
         parse_value_range(self.value_range)
-        heads = self.num_heads_upsample
-        require(heads == -1 or heads >= 1, "num_heads_upsample", heads, "-1 or at least 1")
-        require(0 <= self.dropout < 1, "dropout", self.dropout, "in [0, 1)")
+        for name in ("num_heads_upsample", "num_head_channels"):
+            value = getattr(self, name)
+            require(value == -1 or value >= 1, name, value, "-1 or at least 1")
+        for name in ("dropout", "class_dropout"):
+            value = getattr(self, name)
+            require(0 <= value < 1, name, value, "in [0, 1)")
+        if self.class_dropout and not self.class_cond:
+            raise UserError(
+                f"--class_dropout {self.class_dropout} needs --class_cond True: it hides labels"
+            )
+
+
+@dataclass(frozen=True)
+class _UNetOptions(DiffusionOptions, _NetworkOptions):
+    """The options of both kinds of U-Net and of its process."""
+
+    _widths: ClassVar[Widths] = CHANNEL_MULTS
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check()
 
     def _network(self, network: type[UNetModel]) -> UNetModel:
         """Build the network for images of the size that the option ``_size_flag`` holds."""
         size = getattr(self, self._size_flag)
-        mult = _channel_mult(self._size_flag, size, self.channel_mult)
+        mult = channel_mult(self._size_flag, size, self.channel_mult, self._widths)
         return network(
             in_channels=self.channels,
             model_channels=self.num_channels,
             out_channels=2 * self.channels if self.learn_sigma else self.channels,
             num_res_blocks=self.num_res_blocks,
-            attention_resolutions=_attention_factors(self.attention_resolutions, size, len(mult)),
+            attention_resolutions=attention_factors(self.attention_resolutions, size, len(mult)),
             dropout=self.dropout,
             channel_mult=mult,
             num_classes=(self.num_classes or NUM_CLASSES) if self.class_cond else None,
@@ -156,30 +157,15 @@ class _SharedOptions:
             num_heads=self.num_heads,
             num_heads_upsample=self.num_heads_upsample,
             use_scale_shift_norm=self.use_scale_shift_norm,
-        )
-
-    def diffusion(self) -> SpacedDiffusion:
-        """The diffusion process of these options."""
-        return create_gaussian_diffusion(
-            steps=self.diffusion_steps,
-            learn_sigma=self.learn_sigma,
-            sigma_small=self.sigma_small,
-            noise_schedule=self.noise_schedule,
-            use_kl=self.use_kl,
-            predict_xstart=self.predict_xstart,
-            rescale_timesteps=self.rescale_timesteps,
-            rescale_learned_sigmas=self.rescale_learned_sigmas,
-            timestep_respacing=self.timestep_respacing,
-            predict=self.predict,
-            loss_weight=self.loss_weight,
-            betas=self.betas,
-            zero_terminal_snr=self.zero_terminal_snr,
-            image_size=getattr(self, self._size_flag),
+            num_head_channels=self.num_head_channels,
+            resblock_updown=self.resblock_updown,
+            use_new_attention_order=self.use_new_attention_order,
+            null_class=self.class_dropout > 0,
         )
 
 
 @dataclass(frozen=True)
-class ModelAndDiffusionOptions(_SharedOptions):
+class ModelAndDiffusionOptions(_UNetOptions):
     """The arguments of :func:`create_model_and_diffusion`, checked."""
 
     image_size: ImageSize = option(64, "size of the images: 64, or HxW: 48x64", read_image_size)
@@ -192,13 +178,14 @@ class ModelAndDiffusionOptions(_SharedOptions):
 
 
 @dataclass(frozen=True)
-class SuperResOptions(_SharedOptions):
+class SuperResOptions(_UNetOptions):
     """The arguments of :func:`sr_create_model_and_diffusion`, checked."""
 
     large_size: ImageSize = option(256, "size of the images made: 256, or HxW", read_image_size)
     small_size: ImageSize = option(64, "size of the images given: 64, or HxW", read_image_size)
 
     _size_flag: ClassVar[str] = "large_size"
+    _widths: ClassVar[Widths] = SUPER_RES_MULTS
 
     def model(self) -> SuperResModel:
         """The network of these options; it upsamples images of any size that it is given."""
@@ -244,6 +231,17 @@ FIXED_BY_TRAINING = frozenset(
         "predict",
         "betas",
         "zero_terminal_snr",
+        "num_head_channels",
+        "resblock_updown",
+        "use_new_attention_order",
+        "classifier_width",
+        "classifier_depth",
+        "classifier_attention_resolutions",
+        "classifier_use_scale_shift_norm",
+        "classifier_resblock_updown",
+        "classifier_pool",
+        "classifier_num_head_channels",
+        "classifier_channel_mult",
     ]
 )
 
@@ -286,6 +284,10 @@ def create_model_and_diffusion(
     loss_weight: str = NO_WEIGHT,
     betas: str = "",
     zero_terminal_snr: bool = False,
+    num_head_channels: int = -1,
+    resblock_updown: bool = False,
+    use_new_attention_order: bool = False,
+    class_dropout: float = 0.0,
 ) -> tuple[UNetModel, SpacedDiffusion]:
     """A U-Net and its diffusion process; the arguments are the flags of the scripts.
 
@@ -310,6 +312,10 @@ def create_model(
     channel_mult: str = "",
     channels: int = 3,
     num_classes: int = 0,
+    num_head_channels: int = -1,
+    resblock_updown: bool = False,
+    use_new_attention_order: bool = False,
+    class_dropout: float = 0.0,
 ) -> UNetModel:
     """A U-Net for [N, C, H, W] images; the arguments are the flags of the scripts.
 
@@ -347,6 +353,10 @@ def sr_create_model_and_diffusion(
     loss_weight: str = NO_WEIGHT,
     betas: str = "",
     zero_terminal_snr: bool = False,
+    num_head_channels: int = -1,
+    resblock_updown: bool = False,
+    use_new_attention_order: bool = False,
+    class_dropout: float = 0.0,
 ) -> tuple[SuperResModel, SpacedDiffusion]:
     """A super-resolution U-Net and its diffusion process; the arguments are the scripts' flags.
 
@@ -372,69 +382,16 @@ def sr_create_model(
     channel_mult: str = "",
     channels: int = 3,
     num_classes: int = 0,
+    num_head_channels: int = -1,
+    resblock_updown: bool = False,
+    use_new_attention_order: bool = False,
+    class_dropout: float = 0.0,
 ) -> SuperResModel:
     """A U-Net from [N, C, h, w] to [N, C, H, W] images; the arguments are the scripts' flags.
 
     :raises ValueError: naming the flag and the values that work, for one that cannot.
     """
     return SuperResOptions(**locals()).model()
-
-
-def _channel_mult(flag: str, size: ImageSize, text: str) -> tuple[float, ...]:
-    """The width of each level: as asked for, or by the size of the image.
-
-    :raises ValueError: if the image cannot be halved that often, with the nearest sizes that can.
-    """
-    sides = height_width(size)
-    mult = _mult_for(sides, text)
-    if _to_halvable(sides, text, up=True) != sides:
-        near = [_to_halvable(sides, text, up) for up in (False, True)]
-        raise UserError(
-            f"--{flag} {size_text(size)} cannot be halved {len(mult) - 1} times, as the "
-            f"{len(mult)} levels of --channel_mult {','.join(f'{m:g}' for m in mult)} need: the "
-            f"nearest sizes are {' and '.join(size_text(s) for s in near if min(s) > 0)}; or give "
-            "a shorter --channel_mult"
-        )
-    return tuple(int(m) if float(m).is_integer() else m for m in mult)
-
-
-def _mult_for(sides: tuple[int, int], text: str) -> Sequence[float]:
-    """``--channel_mult``, or the table's for images of that height and width."""
-    if text:
-        mult = numbers("channel_mult", text, float)
-        positive = bool(mult) and all(0 < m < math.inf for m in mult)
-        require(positive, "channel_mult", text, "numbers above 0")
-        return mult
-    fitting = [key for key in CHANNEL_MULTS if key <= max(sides)]
-    table = CHANNEL_MULTS[max(fitting, default=min(CHANNEL_MULTS))]
-    levels = len(table)
-    while levels > 1 and min(sides) < SMALLEST_LEVEL * 2 ** (levels - 1):
-        levels -= 1
-    return table[:levels]
-
-
-def _to_halvable(sides: tuple[int, int], text: str, up: bool) -> tuple[int, int]:
-    """Round height and width to what the levels can halve; a larger image may have more levels."""
-    while True:
-        factor = 2 ** (len(_mult_for(sides, text)) - 1)
-        height, width = (-(-s // factor) * factor if up else s // factor * factor for s in sides)
-        if (height, width) == sides or min(height, width) == 0:
-            return height, width
-        sides = height, width
-
-
-def _attention_factors(resolutions: str, size: ImageSize, num_levels: int) -> tuple[int, ...]:
-    """Sizes in pixels as downsampling factors; says which sizes are no level of the network."""
-    longer = max(height_width(size))
-    levels = {longer // 2**level: 2**level for level in range(num_levels)}
-    wanted = numbers("attention_resolutions", resolutions)
-    absent = [str(resolution) for resolution in wanted if resolution not in levels]
-    if absent:
-        log.warning(
-            f"--attention_resolutions {resolutions}: no level of size {', '.join(absent)}; the "
-            f"levels are {', '.join(map(str, levels))}"
-        )
-    return tuple(levels[resolution] for resolution in wanted if resolution in levels)
 
 
 def add_dict_to_argparser(parser: argparse.ArgumentParser, default_dict: dict[str, Any]) -> None:

@@ -11,6 +11,9 @@ from . import checkpoint, dist_util
 from .errors import UserError
 
 
+LABELS = "--num_classes (one more with --class_dropout)"
+
+
 def load_model(model: nn.Module, path: str) -> None:
     """Load a checkpoint into a model, on every process.
 
@@ -45,6 +48,9 @@ def check_shapes(model: nn.Module, theirs: Mapping[str, tuple[int, ...]], path: 
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}
     if theirs == ours:
         return
+    kind, their_kind = kind_of(ours), kind_of(theirs)
+    if their_kind and kind and kind != their_kind:
+        raise UserError(f"checkpoint '{path}' is that of a {their_kind}, not of a {kind}")
     here, there = describe_network(ours), describe_network(theirs)
     different = [
         f"{name} {here[name]} here, {there[name]} in the checkpoint"
@@ -73,36 +79,82 @@ def _contents(state: Any) -> str:
     return f"it holds {', '.join(map(str, list(state)[:5]))}; save the state dict alone"
 
 
+def kind_of(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """What a state dict's network is for: "diffusion model", "classifier", or "" for neither."""
+    parts = {key.split(".")[0] for key in shapes}
+    if not {"time_embed", "input_blocks", "middle_block", "out"} <= parts:
+        return ""
+    return "diffusion model" if "output_blocks" in parts else "classifier"
+
+
 def describe_network(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    """What the keys and shapes of a U-Net's state dict tell; {} for another network.
+    """What the keys and shapes of a network's state dict tell; {} for an unknown network.
 
     :return: the flag, or what it decides -> value.
     """
+    kind = kind_of(shapes)
+    if not kind:
+        return {}
     try:
-        num_channels = shapes["time_embed.0.weight"][1]
-        inputs = shapes["input_blocks.0.0.weight"][1]
-        outputs = shapes["out.2.bias"][0]
-        embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
-        first_width = shapes["input_blocks.1.0.in_layers.2.bias"][0]
-        blocks = _input_blocks(shapes)
-        levels = 1 + max(block.level for block in blocks)
-        widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
+        return _describe_unet(shapes) if kind == "diffusion model" else _describe_encoder(shapes)
     except (KeyError, IndexError, StopIteration):
         return {}
+
+
+def _describe_unet(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    num_channels = shapes["time_embed.0.weight"][1]
+    embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
+    first_width = shapes["input_blocks.1.0.in_layers.2.bias"][0]
+    per_level = _blocks_per_level(shapes)
+    blocks = _input_blocks(shapes, per_level)
+    levels = 1 + max(block.level for block in blocks)
+    widths = [next(b.width for b in blocks if b.level == level) for level in range(levels)]
     about = {
         "--num_channels": num_channels,
         "--channel_mult": ",".join(f"{width / num_channels:g}" for width in widths),
-        "--num_res_blocks": len(blocks) // levels,
+        "--num_res_blocks": per_level or len(blocks) // levels,
+        "--resblock_updown": per_level is not None,
         "levels of attention (--attention_resolutions)": sorted(
             {block.level for block in blocks if block.attends}
         ),
         "--use_scale_shift_norm": embedding == 2 * first_width,
         "--class_cond": "label_emb.weight" in shapes,
-        "input channels (--channels, doubled by super-resolution)": inputs,
-        "output channels (--channels, doubled by --learn_sigma)": outputs,
+        "input channels (--channels, doubled by super-resolution)": shapes[
+            "input_blocks.0.0.weight"
+        ][1],
+        "output channels (--channels, doubled by --learn_sigma)": shapes["out.2.bias"][0],
     }
+    if levels == 1:
+        del about["--resblock_updown"]  # nothing is resampled
     if about["--class_cond"]:
-        about["--num_classes"] = shapes["label_emb.weight"][0]
+        about[LABELS] = shapes["label_emb.weight"][0]
+    return about
+
+
+def _describe_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Of a classifier; its levels do not show."""
+    last = [key for key in shapes if key.startswith("out.") and key.endswith("bias")][-1]
+    pools = {
+        "out.2.positional_embedding": "attention",
+        "out.3.weight": "spatial_v2" if "out.1.weight" in shapes else "adaptive",
+    }
+    pool = next((pool for key, pool in pools.items() if key in shapes), "spatial")
+    embedding = shapes["input_blocks.1.0.emb_layers.1.bias"][0]
+    about = {
+        "--classifier_width": shapes["time_embed.0.weight"][1],
+        "--classifier_pool": pool,
+        "--classifier_use_scale_shift_norm": (
+            embedding == 2 * shapes["input_blocks.1.0.in_layers.2.bias"][0]
+        ),
+        "--channels": shapes["input_blocks.0.0.weight"][1],
+        "--num_classes": shapes[last][0],
+        "blocks (--classifier_depth and the levels)": 1
+        + max(_index(key) for key in shapes if key.startswith("input_blocks.")),
+    }
+    if pool == "attention":
+        about["positions of the last level (--image_size)"] = (
+            shapes["out.2.positional_embedding"][1] - 1
+        )
     return about
 
 
@@ -112,16 +164,41 @@ class _ResBlockShape(NamedTuple):
     attends: bool
 
 
-def _input_blocks(shapes: Mapping[str, tuple[int, ...]]) -> list[_ResBlockShape]:
-    """The residual blocks on the way down; a block that is none of them halves the size.
+def _index(key: str) -> int:
+    """The number of a block or layer: 3 of input_blocks.3.0.in_layers.2.bias."""
+    return int(key.split(".")[1])
+
+
+def _blocks_per_level(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """Residual blocks of a level, if residual blocks resample; else None.
+
+    On the way up, the last block of a level is followed by one more then.
+    """
+    ends = [
+        _index(key)
+        for key in shapes
+        if key.startswith("output_blocks.")
+        and key.endswith("in_layers.2.bias")
+        and key.split(".")[2] != "0"
+    ]
+    return min(ends, default=None)
+
+
+def _input_blocks(
+    shapes: Mapping[str, tuple[int, ...]], per_level: int | None
+) -> list[_ResBlockShape]:
+    """The residual blocks on the way down, without those that halve the size.
 
     Downsampling by pooling has no weights, and so no keys.
+
+    :param per_level: see :func:`_blocks_per_level`.
     """
-    indices = {int(key.split(".")[1]) for key in shapes if key.startswith("input_blocks.")}
+    indices = {_index(key) for key in shapes if key.startswith("input_blocks.")}
     blocks, level = [], 0
     for i in range(1, max(indices) + 1):
         width = shapes.get(f"input_blocks.{i}.0.in_layers.2.bias")
-        if width is None:
+        halves = i % (per_level + 1) == 0 if per_level else width is None
+        if width is None or halves:
             level += 1
         else:
             attends = f"input_blocks.{i}.1.qkv.weight" in shapes

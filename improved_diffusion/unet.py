@@ -1,13 +1,12 @@
-"""The U-Net of IDDPM (arXiv 2102.09672, appendix A) and its super-resolution variant.
+"""The U-Net of IDDPM, its super-resolution variant, and the classifier that is half of it.
 
+IDDPM: arXiv 2102.09672, appendix A. Guided diffusion: arXiv 2105.05233, section 3 and appendix H.
 Attribute names and the order of modules fix the keys of the state dict: published checkpoints
 load with ``strict=True``.
 """
 
 from __future__ import annotations
 
-import math
-from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -15,255 +14,43 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .blocks import AttentionBlock as AttentionBlock
+from .blocks import AttentionPool2d as AttentionPool2d
+from .blocks import Downsample as Downsample
+from .blocks import QKVAttention as QKVAttention
+from .blocks import ResBlock as ResBlock
+from .blocks import TimestepBlock as TimestepBlock
+from .blocks import TimestepEmbedSequential as TimestepEmbedSequential
+from .blocks import Upsample as Upsample
+from .blocks import count_heads
 from .errors import UserError
+from .flags import ImageSize, height_width
 from .fp16_util import convert_module_to_f16, convert_module_to_f32
-from .nn import (
-    SiLU,
-    avg_pool_nd,
-    checkpoint,
-    conv_nd,
-    linear,
-    normalization,
-    timestep_embedding,
-    zero_module,
-)
+from .nn import SiLU, conv_nd, linear, normalization, timestep_embedding, zero_module
+
+POOLS = ("adaptive", "attention", "spatial", "spatial_v2")
+SPATIAL_WIDTH = 2048  # hidden features of the spatial pools
 
 
-class TimestepBlock(nn.Module):
-    """A module whose forward takes a timestep embedding beside its input."""
-
-    @abstractmethod
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Apply the module.
-
-        :param x: [N, C, ...] features.
-        :param emb: [N, E] timestep embedding.
-        """
-
-
-class TimestepEmbedSequential(nn.Sequential, TimestepBlock):
-    """A sequence that hands the timestep embedding to the children that take it."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
-        for layer in self:
-            x = layer(x, emb) if isinstance(layer, TimestepBlock) else layer(x)
-        return x
-
-
-class Upsample(nn.Module):
-    """Double the spatial size by nearest neighbours; of 3-D signals the last two dimensions.
-
-    :param channels: C of input and output.
-    :param use_conv: follow with a 3-wide convolution.
-    :param dims: 1, 2 or 3 spatial dimensions.
-    """
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
-        super().__init__()
-        self.channels = channels
-        self.use_conv = use_conv
-        self.dims = dims
-        if use_conv:
-            self.conv = conv_nd(dims, channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.channels
-        scale = (1.0, 2.0, 2.0) if self.dims == 3 else 2.0
-        x = F.interpolate(x, scale_factor=scale, mode="nearest")  # [N, C, 2 H, 2 W]
-        return self.conv(x) if self.use_conv else x
-
-
-class Downsample(nn.Module):
-    """Halve the spatial size; of 3-D signals the last two dimensions.
-
-    :param channels: C of input and output.
-    :param use_conv: by a strided convolution rather than average pooling.
-    :param dims: 1, 2 or 3 spatial dimensions.
-    """
-
-    def __init__(self, channels: int, use_conv: bool, dims: int = 2) -> None:
-        super().__init__()
-        self.channels = channels
-        self.use_conv = use_conv
-        self.dims = dims
-        stride = (1, 2, 2) if dims == 3 else 2
-        if use_conv:
-            self.op = conv_nd(dims, channels, channels, 3, stride=stride, padding=1)
-        else:
-            self.op = avg_pool_nd(dims, stride)
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert x.shape[1] == self.channels
-        return self.op(x)  # [N, C, H / 2, W / 2]
-
-
-class ResBlock(TimestepBlock):
-    """A residual block conditioned on the timestep.
-
-    :param channels: C of the input.
-    :param emb_channels: E of the timestep embedding.
-    :param dropout: probability of dropping a feature.
-    :param out_channels: D of the output; C if None.
-    :param use_conv: where D differs from C, a 3-wide convolution on the skip path, not 1-wide.
-    :param use_scale_shift_norm: the embedding scales and shifts the normalised features (IDDPM
-        appendix A) rather than being added.
-    :param dims: 1, 2 or 3 spatial dimensions.
-    :param use_checkpoint: recompute activations in the backward pass.
-    """
-
-    def __init__(
-        self,
-        channels: int,
-        emb_channels: int,
-        dropout: float,
-        out_channels: int | None = None,
-        use_conv: bool = False,
-        use_scale_shift_norm: bool = False,
-        dims: int = 2,
-        use_checkpoint: bool = False,
-    ) -> None:
-        super().__init__()
-        self.channels = channels
-        self.emb_channels = emb_channels
-        self.dropout = dropout
-        self.out_channels = out_channels or channels
-        self.use_conv = use_conv
-        self.use_checkpoint = use_checkpoint
-        self.use_scale_shift_norm = use_scale_shift_norm
-
-        self.in_layers = nn.Sequential(
-            normalization(channels),
-            SiLU(),
-            conv_nd(dims, channels, self.out_channels, 3, padding=1),
-        )
-        self.emb_layers = nn.Sequential(
-            SiLU(),
-            linear(emb_channels, (2 if use_scale_shift_norm else 1) * self.out_channels),
-        )
-        self.out_layers = nn.Sequential(
-            normalization(self.out_channels),
-            SiLU(),
-            nn.Dropout(p=dropout),
-            zero_module(conv_nd(dims, self.out_channels, self.out_channels, 3, padding=1)),
-        )
-        self.skip_connection: nn.Module
-        if self.out_channels == channels:
-            self.skip_connection = nn.Identity()
-        elif use_conv:
-            self.skip_connection = conv_nd(dims, channels, self.out_channels, 3, padding=1)
-        else:
-            self.skip_connection = conv_nd(dims, channels, self.out_channels, 1)
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """Apply the block.
-
-        :param x: [N, C, ...] features.
-        :param emb: [N, E] timestep embedding.
-        :return: [N, D, ...] features.
-        """
-        return checkpoint(self._forward, (x, emb), self.parameters(), self.use_checkpoint)
-
-    def _forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h = self.in_layers(x)  # [N, D, ...]
-        emb_out = self.emb_layers(emb).type(h.dtype)  # [N, D] or [N, 2 D]
-        emb_out = emb_out.view(*emb_out.shape, *[1] * (h.ndim - 2))
-        if self.use_scale_shift_norm:
-            norm, rest = self.out_layers[0], self.out_layers[1:]
-            scale, shift = emb_out.chunk(2, dim=1)
-            h = rest(norm(h) * (1 + scale) + shift)
-        else:
-            h = self.out_layers(h + emb_out)
-        return self.skip_connection(x) + h
-
-
-class AttentionBlock(nn.Module):
-    """Self-attention over all spatial positions, with a residual connection.
-
-    :param channels: C of input and output.
-    :param num_heads: attention heads; must divide C.
-    :param use_checkpoint: recompute activations in the backward pass.
-    :raises ValueError: unless ``num_heads`` divides ``channels``.
-    """
-
-    def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False) -> None:
-        super().__init__()
-        _check_heads("num_heads", num_heads, channels)
-        self.channels = channels
-        self.num_heads = num_heads
-        self.use_checkpoint = use_checkpoint
-        self.norm = normalization(channels)
-        self.qkv = conv_nd(1, channels, 3 * channels, 1)
-        self.attention = QKVAttention()
-        self.proj_out = zero_module(conv_nd(1, channels, channels, 1))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the block.
-
-        :param x: [N, C, ...] features.
-        :return: [N, C, ...] features.
-        """
-        return checkpoint(self._forward, (x,), self.parameters(), self.use_checkpoint)
-
-    def _forward(self, x: Tensor) -> Tensor:
-        n, c = x.shape[:2]
-        qkv = self.qkv(self.norm(x.reshape(n, c, -1)))  # [N, 3 C, L]
-        qkv = qkv.reshape(n * self.num_heads, -1, qkv.shape[2])  # [N heads, 3 C / heads, L]
-        h = self.attention(qkv).reshape(n, c, -1)  # [N, C, L]
-        return x + self.proj_out(h).reshape(x.shape)  # no view: blocks may be sharded
-
-
-def _check_heads(flag: str, num_heads: int, channels: int) -> None:
-    if num_heads < 1 or channels % num_heads:
-        legal = [n for n in range(1, channels + 1) if channels % n == 0]
-        nearest = sorted(sorted(legal, key=lambda n: abs(n - num_heads))[:2])
-        raise UserError(
-            f"{flag} {num_heads} does not divide a level of {channels} channels; the nearest that "
-            f"do are {' and '.join(map(str, nearest))}"
-        )
-
-
-class QKVAttention(nn.Module):
-    """Scaled dot-product attention (arXiv 1706.03762, eq. 1) of packed queries, keys, values."""
-
-    def forward(self, qkv: Tensor) -> Tensor:
-        """Attend.
-
-        :param qkv: [B, 3 D, L]: D channels each of queries, keys and values.
-        :return: [B, D, L].
-        """
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=2)  # [B, L, D] each
-        # as [B, 1, L, D]: the fused kernels want a dimension of heads
-        h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
-        return h.squeeze(1).transpose(1, 2)
-
-    @staticmethod
-    def count_flops(model: Any, _x: Any, y: Tensor | Sequence[Tensor]) -> None:
-        """A counter for the ``thop`` package: adds the two matrix products to ``total_ops``.
-
-        :param y: the output [B, D, L], alone or as the first of several.
-        """
-        output = y if isinstance(y, Tensor) else y[0]
-        b, d, *spatial = output.shape
-        model.total_ops += torch.DoubleTensor([2 * b * math.prod(spatial) ** 2 * d])
-
-
-class UNetModel(nn.Module):
-    """A U-Net with residual blocks, attention and timestep embedding.
+class _Trunk(nn.Module):
+    """The way down and the middle, conditioned on timestep and label: what the networks share.
 
     :param in_channels: C of the input.
     :param model_channels: width of the first level.
-    :param out_channels: channels of the output; twice C where the variance is learned.
     :param num_res_blocks: residual blocks per level.
     :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which to attend.
     :param dropout: probability of dropping a feature.
     :param channel_mult: width of each level, in multiples of ``model_channels``.
     :param conv_resample: resample with convolutions rather than pooling and repetition.
     :param dims: 1, 2 or 3 spatial dimensions.
-    :param num_classes: number of class labels; None for an unconditional model.
+    :param num_labels: rows of the embedding of labels; None for no labels.
     :param use_checkpoint: recompute activations in the backward pass, to save memory.
     :param num_heads: attention heads.
     :param num_heads_upsample: heads on the upsampling path; -1 for ``num_heads``.
     :param use_scale_shift_norm: see :class:`ResBlock`.
+    :param num_head_channels: channels of each head, at every level; -1 for ``num_heads``.
+    :param resblock_updown: resample by residual blocks.
+    :param use_new_attention_order: see :class:`AttentionBlock`.
     :raises ValueError: if heads or groups do not divide a level's channels.
     """
 
@@ -271,35 +58,37 @@ class UNetModel(nn.Module):
         self,
         in_channels: int,
         model_channels: int,
-        out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Iterable[int],
         dropout: float = 0,
         channel_mult: Sequence[float] = (1, 2, 4, 8),
         conv_resample: bool = True,
         dims: int = 2,
-        num_classes: int | None = None,
+        num_labels: int | None = None,
         use_checkpoint: bool = False,
         num_heads: int = 1,
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
+        num_head_channels: int = -1,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
     ) -> None:
         super().__init__()
         self.in_channels = in_channels
         self.model_channels = model_channels
-        self.out_channels = out_channels
         self.num_res_blocks = num_res_blocks
         self.attention_resolutions = set(attention_resolutions)
         self.dropout = dropout
         self.channel_mult = channel_mult
         self.conv_resample = conv_resample
         self.dims = dims
-        self.num_classes = num_classes
         self.use_checkpoint = use_checkpoint
         self.num_heads = num_heads
         self.num_heads_upsample = num_heads if num_heads_upsample == -1 else num_heads_upsample
-
         self.use_scale_shift_norm = use_scale_shift_norm
+        self.num_head_channels = num_head_channels
+        self.resblock_updown = resblock_updown
+        self.use_new_attention_order = use_new_attention_order
 
         # the order of these modules is that of the keys in the state dict
         self.emb_channels = model_channels * 4
@@ -308,20 +97,14 @@ class UNetModel(nn.Module):
             SiLU(),
             linear(self.emb_channels, self.emb_channels),
         )
-        if num_classes is not None:
-            self.label_emb = nn.Embedding(num_classes, self.emb_channels)
-        widths = [int(mult * model_channels) for mult in channel_mult]
-        self.input_blocks, skip_channels = self._make_input_blocks(widths)
+        if num_labels is not None:
+            self.label_emb = nn.Embedding(num_labels, self.emb_channels)
+        self._widths = [int(mult * model_channels) for mult in channel_mult]
+        self.input_blocks, self._skip_channels = self._make_input_blocks(self._widths)
         self.middle_block = TimestepEmbedSequential(
-            self._res_block(widths[-1], widths[-1]),
-            self._attention(widths[-1], "num_heads"),
-            self._res_block(widths[-1], widths[-1]),
-        )
-        self.output_blocks = self._make_output_blocks(widths, skip_channels)
-        self.out = nn.Sequential(
-            normalization(widths[0]),
-            SiLU(),
-            zero_module(conv_nd(dims, widths[0], out_channels, 3, padding=1)),
+            self._res_block(self._widths[-1], self._widths[-1]),
+            self._attention(self._widths[-1], "num_heads"),
+            self._res_block(self._widths[-1], self._widths[-1]),
         )
 
     def _make_input_blocks(self, widths: Sequence[int]) -> tuple[nn.ModuleList, list[int]]:
@@ -343,10 +126,165 @@ class UNetModel(nn.Module):
                 blocks.append(TimestepEmbedSequential(*layers))
                 outputs.append(ch)
             if level < len(widths) - 1:
-                down = Downsample(ch, self.conv_resample, dims=self.dims)
-                blocks.append(TimestepEmbedSequential(down))
+                blocks.append(TimestepEmbedSequential(self._resample(ch, "down")))
                 outputs.append(ch)
         return blocks, outputs
+
+    def _res_block(self, channels: int, width: int, **kind: bool) -> ResBlock:
+        return ResBlock(
+            channels,
+            self.emb_channels,
+            self.dropout,
+            out_channels=width,
+            dims=self.dims,
+            use_checkpoint=self.use_checkpoint,
+            use_scale_shift_norm=self.use_scale_shift_norm,
+            **kind,
+        )
+
+    def _resample(self, channels: int, direction: str) -> nn.Module:
+        """What doubles ("up") or halves ("down") the size."""
+        if self.resblock_updown:
+            return self._res_block(channels, channels, **{direction: True})
+        layer = Upsample if direction == "up" else Downsample
+        return layer(channels, self.conv_resample, dims=self.dims)
+
+    def _attention(self, channels: int, heads_flag: str) -> AttentionBlock:
+        """Attention with the heads that the argument ``heads_flag`` of the constructor sets."""
+        num_heads = getattr(self, heads_flag)
+        return AttentionBlock(
+            channels,
+            num_heads=count_heads(channels, num_heads, self.num_head_channels, heads_flag),
+            use_checkpoint=self.use_checkpoint,
+            use_new_attention_order=self.use_new_attention_order,
+        )
+
+    @property
+    def _halves(self) -> Iterable[nn.Module]:
+        """The parts that compute in half precision."""
+        return (self.input_blocks, self.middle_block)
+
+    def convert_to_fp16(self) -> None:
+        """Convert the convolutions of the network's trunk to float16."""
+        for trunk in self._halves:
+            trunk.apply(convert_module_to_f16)
+
+    def convert_to_fp32(self) -> None:
+        """Undo :meth:`convert_to_fp16`."""
+        for trunk in self._halves:
+            trunk.apply(convert_module_to_f32)
+
+    @property
+    def inner_dtype(self) -> torch.dtype:
+        """The type in which the trunk computes."""
+        return next(self.input_blocks.parameters()).dtype
+
+    @property
+    def _outer_dtype(self) -> torch.dtype:
+        """The type of the embedding and of the last layers, which stay out of half precision."""
+        return next(self.time_embed.parameters()).dtype
+
+    def _encode(
+        self, x: Tensor, timesteps: Tensor, y: Tensor | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The embedding [N, E], and the output of each input block."""
+        self._check_size(x)
+        embedding = timestep_embedding(timesteps, self.model_channels)
+        emb = self.time_embed(embedding.type(self._outer_dtype))  # [N, E]
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        outputs = []
+        h = x.type(self.inner_dtype)
+        for block in self.input_blocks:
+            h = block(h, emb)  # [N, width, H / 2**level, W / 2**level]
+            outputs.append(h)
+        return emb, outputs
+
+    def _check_size(self, x: Tensor) -> None:
+        factor = 2 ** (len(self.channel_mult) - 1)
+        halved = x.shape[-2:] if self.dims == 3 else x.shape[2:]
+        if any(size % factor for size in halved):
+            raise UserError(
+                f"an input of size {tuple(halved)} cannot be halved {len(self.channel_mult) - 1} "
+                f"times: each side must be a multiple of {factor}"
+            )
+
+
+class UNetModel(_Trunk):
+    """A U-Net with residual blocks, attention and timestep embedding.
+
+    :param in_channels: C of the input.
+    :param model_channels: width of the first level.
+    :param out_channels: channels of the output; twice C where the variance is learned.
+    :param num_res_blocks: residual blocks per level.
+    :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which to attend.
+    :param dropout: probability of dropping a feature.
+    :param channel_mult: width of each level, in multiples of ``model_channels``.
+    :param conv_resample: resample with convolutions rather than pooling and repetition.
+    :param dims: 1, 2 or 3 spatial dimensions.
+    :param num_classes: number of class labels; None for an unconditional model.
+    :param use_checkpoint: recompute activations in the backward pass, to save memory.
+    :param num_heads: attention heads.
+    :param num_heads_upsample: heads on the upsampling path; -1 for ``num_heads``.
+    :param use_scale_shift_norm: see :class:`ResBlock`.
+    :param num_head_channels: channels of each head, at every level; -1 for ``num_heads``.
+    :param resblock_updown: resample by residual blocks.
+    :param use_new_attention_order: see :class:`AttentionBlock`.
+    :param null_class: one label more, ``num_classes``, which stands for no label: see
+        :class:`.ClassifierFree`. Its attribute is the label, or None.
+    :raises ValueError: if heads or groups do not divide a level's channels.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Iterable[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
+        conv_resample: bool = True,
+        dims: int = 2,
+        num_classes: int | None = None,
+        use_checkpoint: bool = False,
+        num_heads: int = 1,
+        num_heads_upsample: int = -1,
+        use_scale_shift_norm: bool = False,
+        num_head_channels: int = -1,
+        resblock_updown: bool = False,
+        use_new_attention_order: bool = False,
+        null_class: bool = False,
+    ) -> None:
+        if null_class and num_classes is None:
+            raise UserError("null_class needs num_classes: it stands for no label")
+        super().__init__(
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout=dropout,
+            channel_mult=channel_mult,
+            conv_resample=conv_resample,
+            dims=dims,
+            num_labels=None if num_classes is None else num_classes + null_class,
+            use_checkpoint=use_checkpoint,
+            num_heads=num_heads,
+            num_heads_upsample=num_heads_upsample,
+            use_scale_shift_norm=use_scale_shift_norm,
+            num_head_channels=num_head_channels,
+            resblock_updown=resblock_updown,
+            use_new_attention_order=use_new_attention_order,
+        )
+        self.out_channels = out_channels
+        self.num_classes = num_classes
+        self.null_class = num_classes if null_class else None
+        self.output_blocks = self._make_output_blocks(self._widths, self._skip_channels)
+        self.out = nn.Sequential(
+            normalization(self._widths[0]),
+            SiLU(),
+            zero_module(conv_nd(dims, self._widths[0], out_channels, 3, padding=1)),
+        )
 
     def _make_output_blocks(
         self, widths: Sequence[int], skip_channels: Sequence[int]
@@ -365,46 +303,13 @@ class UNetModel(nn.Module):
                 if 2**level in self.attention_resolutions:
                     layers.append(self._attention(ch, "num_heads_upsample"))
                 if level > 0 and i == self.num_res_blocks:
-                    layers.append(Upsample(ch, self.conv_resample, dims=self.dims))
+                    layers.append(self._resample(ch, "up"))
                 blocks.append(TimestepEmbedSequential(*layers))
         return blocks
 
-    def _res_block(self, channels: int, width: int) -> ResBlock:
-        return ResBlock(
-            channels,
-            self.emb_channels,
-            self.dropout,
-            out_channels=width,
-            dims=self.dims,
-            use_checkpoint=self.use_checkpoint,
-            use_scale_shift_norm=self.use_scale_shift_norm,
-        )
-
-    def _attention(self, channels: int, heads_flag: str) -> AttentionBlock:
-        """Attention with the heads that the argument ``heads_flag`` of the constructor sets."""
-        num_heads = getattr(self, heads_flag)
-        _check_heads(heads_flag, num_heads, channels)
-        return AttentionBlock(channels, num_heads=num_heads, use_checkpoint=self.use_checkpoint)
-
-    def convert_to_fp16(self) -> None:
-        """Convert the convolutions of the U-Net's trunk to float16."""
-        for trunk in (self.input_blocks, self.middle_block, self.output_blocks):
-            trunk.apply(convert_module_to_f16)
-
-    def convert_to_fp32(self) -> None:
-        """Undo :meth:`convert_to_fp16`."""
-        for trunk in (self.input_blocks, self.middle_block, self.output_blocks):
-            trunk.apply(convert_module_to_f32)
-
     @property
-    def inner_dtype(self) -> torch.dtype:
-        """The type in which the trunk computes."""
-        return next(self.input_blocks.parameters()).dtype
-
-    @property
-    def _outer_dtype(self) -> torch.dtype:
-        """The type of the embedding and of the last layers, which stay out of half precision."""
-        return next(self.time_embed.parameters()).dtype
+    def _halves(self) -> Iterable[nn.Module]:
+        return (self.input_blocks, self.middle_block, self.output_blocks)
 
     def forward(self, x: Tensor, timesteps: Tensor, y: Tensor | None = None) -> Tensor:
         """Predict the noise, or whatever the network was trained for.
@@ -416,6 +321,7 @@ class UNetModel(nn.Module):
         :raises ValueError: if labels are missing or given in vain, or if a side of ``x`` cannot be
             halved as often as the model has levels.
         """
+        self._check_labels(y)
         emb, skips = self._encode(x, timesteps, y)
         h = self.middle_block(skips[-1], emb)
         for block in self.output_blocks:
@@ -430,6 +336,7 @@ class UNetModel(nn.Module):
         :return: "down": a list of [N, width, ...], one for each input block; "middle": one tensor;
             "up": a list, one for each output block; in the type of ``x``.
         """
+        self._check_labels(y)
         emb, down = self._encode(x, timesteps, y)
         middle = h = self.middle_block(down[-1], emb)
         up = []
@@ -442,35 +349,12 @@ class UNetModel(nn.Module):
             "up": [h.type(x.dtype) for h in up],
         }
 
-    def _encode(
-        self, x: Tensor, timesteps: Tensor, y: Tensor | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The embedding [N, E], and the output of each input block."""
-        self._check_input(x, y)
-        embedding = timestep_embedding(timesteps, self.model_channels)
-        emb = self.time_embed(embedding.type(self._outer_dtype))  # [N, E]
-        if y is not None:
-            emb = emb + self.label_emb(y)
-        outputs = []
-        h = x.type(self.inner_dtype)
-        for block in self.input_blocks:
-            h = block(h, emb)  # [N, width, H / 2**level, W / 2**level]
-            outputs.append(h)
-        return emb, outputs
-
-    def _check_input(self, x: Tensor, y: Tensor | None) -> None:
+    def _check_labels(self, y: Tensor | None) -> None:
         if (y is not None) != (self.num_classes is not None):
             raise UserError(
                 "this model is class-conditional: pass labels y [N]"
                 if y is None
                 else "this model is not class-conditional: pass no labels y"
-            )
-        factor = 2 ** (len(self.channel_mult) - 1)
-        halved = x.shape[-2:] if self.dims == 3 else x.shape[2:]
-        if any(size % factor for size in halved):
-            raise UserError(
-                f"an input of size {tuple(halved)} cannot be halved {len(self.channel_mult) - 1} "
-                f"times: each side must be a multiple of {factor}"
             )
 
 
@@ -508,3 +392,86 @@ class SuperResModel(UNetModel):
             raise UserError("a super-resolution model needs low_res [N, C, h, w]")
         upsampled = F.interpolate(low_res, x.shape[2:], mode="bilinear")
         return torch.cat([x, upsampled], dim=1)  # [N, 2 C, H, W]
+
+
+class EncoderUNetModel(_Trunk):
+    """The half of a U-Net that goes down, and a pool: a classifier of noised images.
+
+    :param image_size: of the images, in pixels or (height, width); for the attention pool.
+    :param in_channels: C of the input.
+    :param model_channels: width of the first level.
+    :param out_channels: K, the number of classes.
+    :param num_res_blocks: residual blocks per level.
+    :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which to attend.
+    :param pool: how the features become K numbers: "adaptive" (their mean), "attention"
+        (:class:`AttentionPool2d`), "spatial" or "spatial_v2" (the means of every block's features
+        through two layers, of which v2 normalises between).
+    :param trunk: the further arguments of :class:`UNetModel`, but for those of labels.
+    :raises ValueError: for an unknown pool; if heads or groups do not divide a level's channels.
+    """
+
+    def __init__(
+        self,
+        image_size: ImageSize,
+        in_channels: int,
+        model_channels: int,
+        out_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Iterable[int],
+        *,
+        pool: str = "adaptive",
+        **trunk: Any,
+    ) -> None:
+        super().__init__(
+            in_channels, model_channels, num_res_blocks, attention_resolutions, **trunk
+        )
+        if pool not in POOLS:
+            raise UserError(f"pool '{pool}': choose one of {', '.join(POOLS)}")
+        self.image_size = image_size
+        self.out_channels = out_channels
+        self.num_classes = out_channels
+        self.pool = pool
+        self.out = nn.Sequential(*self._make_out())
+
+    def _make_out(self) -> list[nn.Module]:
+        """The layers from features to logits."""
+        width = self._widths[-1]
+        if self.pool == "adaptive":
+            return [
+                normalization(width),
+                SiLU(),
+                nn.AdaptiveAvgPool2d((1, 1)),
+                zero_module(conv_nd(self.dims, width, self.out_channels, 1)),
+                nn.Flatten(),
+            ]
+        if self.pool == "attention":
+            factor = 2 ** (len(self._widths) - 1)
+            height, width_of_map = (side // factor for side in height_width(self.image_size))
+            head = width if self.num_head_channels == -1 else self.num_head_channels
+            pool = AttentionPool2d(height * width_of_map, width, head, self.out_channels)
+            return [normalization(width), SiLU(), pool]
+        features = sum(self._skip_channels) + width
+        last = linear(SPATIAL_WIDTH, self.out_channels)
+        if self.pool == "spatial":
+            return [linear(features, SPATIAL_WIDTH), nn.ReLU(), last]
+        return [linear(features, SPATIAL_WIDTH), normalization(SPATIAL_WIDTH), SiLU(), last]
+
+    def forward(self, x: Tensor, timesteps: Tensor) -> Tensor:
+        """Classify.
+
+        :param x: [N, C, H, W] noised images.
+        :param timesteps: [N] timesteps, integer or fractional.
+        :return: [N, K] logits, in the type of ``x``.
+        :raises ValueError: for images of another size than the attention pool was made for.
+        """
+        if self.pool == "attention" and tuple(x.shape[2:]) != height_width(self.image_size):
+            raise UserError(
+                f"this classifier's attention pool is for images of {self.image_size} pixels, not "
+                f"{x.shape[2]}x{x.shape[3]}"
+            )
+        emb, features = self._encode(x, timesteps)
+        features.append(self.middle_block(features[-1], emb))
+        if self.pool.startswith("spatial"):
+            means = [h.type(self._outer_dtype).mean(dim=(2, 3)) for h in features]
+            return self.out(torch.cat(means, dim=1)).type(x.dtype)
+        return self.out(features[-1].type(self._outer_dtype)).type(x.dtype)

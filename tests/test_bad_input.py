@@ -452,7 +452,7 @@ def test_checkpoint_of_another_content(sample, name, words):
     [
         ({"num_res_blocks": 2}, ["--num_res_blocks 2 here, 1 in the checkpoint"]),
         ({"class_cond": False}, ["--class_cond False here, True in the checkpoint"]),
-        ({"num_classes": 5}, ["--num_classes 5 here, 10 in the checkpoint"]),
+        ({"num_classes": 5}, ["--num_classes", "5 here, 10 in the checkpoint"]),
         ({"channels": 3}, ["--channels", "3 here, 1 in the checkpoint"]),
         ({"learn_sigma": True}, ["--learn_sigma", "2 here, 1 in the checkpoint"]),
         ({"num_channels": 64}, ["--num_channels 64 here, 32 in the checkpoint"]),

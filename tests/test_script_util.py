@@ -244,7 +244,7 @@ def test_impossible_process_names_the_value(changes):
         (128, (1, 1, 2, 3, 4)),
         (64, (1, 2, 3, 4)),
         (32, (1, 2, 2, 2)),
-        (512, (1, 1, 2, 2, 4, 4)),
+        (512, (0.5, 1, 1, 2, 2, 4, 4)),
         (96, (1, 2, 3, 4)),
         (28, (1, 2, 2)),
         (8, (1, 2)),
@@ -254,7 +254,7 @@ def test_impossible_process_names_the_value(changes):
     ],
 )
 def test_levels_by_the_size_of_the_image(size, mult):
-    network = model(image_size=size)
+    network = model(image_size=size, num_channels=64)
     assert tuple(network.channel_mult) == mult
     assert output_shape(network, size) == (2, 3, *height_width(size))
 

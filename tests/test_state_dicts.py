@@ -7,7 +7,7 @@ from golden_data import load_json
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import write_tensors
 from improved_diffusion.script_util import create_model, sr_create_model
-from improved_diffusion.state_dicts import check_fit, describe_network, load_model
+from improved_diffusion.state_dicts import LABELS, check_fit, describe_network, load_model
 
 PUBLISHED = load_json("state_dicts")
 OPTIONS = {
@@ -85,7 +85,7 @@ def test_misfit_in_the_number_of_classes_names_both():
     message = message_of(
         fit, network(class_cond=True, num_classes=10), network(class_cond=True, num_classes=7)
     )
-    assert "--num_classes 10 here, 7 in the checkpoint" in message
+    assert f"{LABELS} 10 here, 7 in the checkpoint" in message
     assert "--class_cond" not in message
 
 
@@ -109,7 +109,7 @@ def test_flags_of_a_published_checkpoint_are_told_from_its_shapes(name):
     about = describe_network(shapes)
     for flag in ("num_channels", "num_res_blocks", "use_scale_shift_norm", "class_cond"):
         assert about[f"--{flag}"] == arguments[flag]
-    assert about.get("--num_classes") == (1000 if arguments["class_cond"] else None)
+    assert about.get(LABELS) == (1000 if arguments["class_cond"] else None)
     size = arguments.get("image_size") or arguments["large_size"]
     mults = {32: "1,2,2,2", 64: "1,2,3,4", 256: "1,1,2,2,4,4"}
     assert about["--channel_mult"] == mults[size]
