@@ -1,6 +1,7 @@
 """Gaussian diffusion over discrete time: tables, q, p, losses, DDPM and DDIM sampling.
 
-DDPM: arXiv 2006.11239. DDIM: arXiv 2010.02502. IDDPM: arXiv 2102.09672.
+DDPM: arXiv 2006.11239. DDIM: arXiv 2010.02502. IDDPM: arXiv 2102.09672. Guidance by a classifier:
+arXiv 2105.05233.
 
 Notation: ``x_start`` is the data x_0, ``x_t`` the data after t + 1 noising steps (the index t runs
 from 0 to T - 1), ``alpha_bar`` the cumulative product of 1 - beta. See docs/notation.md.
@@ -36,6 +37,7 @@ __all__ = [
 ]
 
 Model = Callable[..., Tensor]
+CondFn = Callable[..., Tensor] | None
 Denoised = Callable[[Tensor], Tensor] | None
 ModelKwargs = dict[str, Any] | None
 
@@ -341,6 +343,52 @@ class GaussianDiffusion:
         """The timesteps as the model sees them, [N]."""
         return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
 
+    # -- guidance -----------------------------------------------------------------------------
+
+    def condition_mean(
+        self,
+        cond_fn: Callable[..., Tensor],
+        p_mean_var: dict[str, Tensor],
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: ModelKwargs = None,
+    ) -> Tensor:
+        """The mean of p(x_{t-1} | x_t), moved along a gradient: arXiv 2105.05233 Algorithm 1.
+
+        :param cond_fn: (x_t, t, **model_kwargs) -> [N, C, ...], the gradient of log p(y | x_t) with
+            respect to x_t; t as the model sees it.
+        :param p_mean_var: from :meth:`p_mean_variance` for the same ``x`` and ``t``.
+        :return: [N, C, ...].
+        """
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
+
+    def condition_score(
+        self,
+        cond_fn: Callable[..., Tensor],
+        p_mean_var: dict[str, Tensor],
+        x: Tensor,
+        t: Tensor,
+        model_kwargs: ModelKwargs = None,
+    ) -> dict[str, Tensor]:
+        """What :meth:`p_mean_variance` says, if a gradient is added to the score of its x_0.
+
+        arXiv 2105.05233 Algorithm 2. Where no signal is left x_t tells no class: x_0 stays.
+
+        :param cond_fn: as for :meth:`condition_mean`.
+        :param p_mean_var: from :meth:`p_mean_variance` for the same ``x`` and ``t``.
+        :return: a copy of ``p_mean_var`` with another "pred_xstart", not clamped, and "mean".
+        """
+        gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
+        sigma = _extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x.shape)
+        old = p_mean_var["pred_xstart"]
+        eps = self._predict_eps_from_xstart(x, t, old) - sigma * gradient
+        guided = self._predict_xstart_from_eps(x, t, eps)
+        recip = _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x.shape)
+        guided = torch.where(recip.isinf(), old, guided)
+        mean, _, _ = self.q_posterior_mean_variance(x_start=guided, x_t=x, t=t)
+        return {**p_mean_var, "pred_xstart": guided, "mean": mean}
+
     # -- sampling -----------------------------------------------------------------------------
 
     def p_sample(
@@ -352,12 +400,14 @@ class GaussianDiffusion:
         denoised_fn: Denoised = None,
         model_kwargs: ModelKwargs = None,
         generator: Generator = None,
+        cond_fn: CondFn = None,
     ) -> dict[str, Tensor]:
         """Draw x_{t-1} from p(x_{t-1} | x_t): DDPM Algorithm 2.
 
         The arguments are those of :meth:`p_mean_variance`, and:
 
         :param generator: a torch.Generator, or one per sample; None for torch's global one.
+        :param cond_fn: see :meth:`condition_mean`; None for no guidance.
         :return: "sample" and "pred_xstart", each [N, C, ...].
         """
         out = self.p_mean_variance(
@@ -369,6 +419,8 @@ class GaussianDiffusion:
             model_kwargs=model_kwargs,
         )
         noise = randn_like(x, generator)
+        if cond_fn is not None:
+            out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
         sigma = torch.exp(0.5 * out["log_variance"])
         sample = out["mean"] + _nonzero_mask(t, x) * sigma * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
@@ -384,6 +436,7 @@ class GaussianDiffusion:
         device: torch.device | str | None = None,
         progress: bool = False,
         generator: Generator = None,
+        cond_fn: CondFn = None,
     ) -> Tensor:
         """Draw samples by DDPM Algorithm 2.
 
@@ -396,6 +449,7 @@ class GaussianDiffusion:
         :param device: where to sample; that of the model's parameters if None.
         :param progress: show a tqdm bar over the timesteps.
         :param generator: a torch.Generator, or one per sample; None for torch's global one.
+        :param cond_fn: see :meth:`condition_mean`; None for no guidance.
         :return: [N, C, ...] samples.
         """
         steps = self.p_sample_loop_progressive(
@@ -407,7 +461,7 @@ class GaussianDiffusion:
             model_kwargs=model_kwargs,
             device=device,
             progress=progress,
-            **_given(generator=generator),
+            **_given(generator=generator, cond_fn=cond_fn),
         )
         return _last(steps)["sample"]
 
@@ -422,6 +476,7 @@ class GaussianDiffusion:
         device: torch.device | str | None = None,
         progress: bool = False,
         generator: Generator = None,
+        cond_fn: CondFn = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Like :meth:`p_sample_loop`, yielding the dict of :meth:`p_sample` at every step."""
 
@@ -433,7 +488,7 @@ class GaussianDiffusion:
                 clip_denoised=clip_denoised,
                 denoised_fn=denoised_fn,
                 model_kwargs=model_kwargs,
-                **_given(generator=generator),
+                **_given(generator=generator, cond_fn=cond_fn),
             )
 
         yield from self._sample_loop(step, model, shape, noise, device, progress, generator)
@@ -448,6 +503,7 @@ class GaussianDiffusion:
         model_kwargs: ModelKwargs = None,
         eta: float = 0.0,
         generator: Generator = None,
+        cond_fn: CondFn = None,
     ) -> dict[str, Tensor]:
         """One step from x_t to x_{t-1}, DDIM eq. 12.
 
@@ -455,6 +511,7 @@ class GaussianDiffusion:
 
         :param eta: 0 is deterministic, 1 has the variance of DDPM's posterior (DDIM eq. 16).
         :param generator: a torch.Generator, or one per sample; None for torch's global one.
+        :param cond_fn: see :meth:`condition_score`; None for no guidance.
         :return: "sample" and "pred_xstart", each [N, C, ...].
         """
         out = self.p_mean_variance(
@@ -465,8 +522,10 @@ class GaussianDiffusion:
             denoised_fn=denoised_fn,
             model_kwargs=model_kwargs,
         )
+        if cond_fn is not None:
+            out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         pred_xstart = out["pred_xstart"]
-        eps = self._predict_eps_from_xstart(x, t, pred_xstart)  # clamping changed x_0
+        eps = self._predict_eps_from_xstart(x, t, pred_xstart)  # x_0 has changed
         alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
         alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
         sigma = (  # DDIM eq. 16
@@ -528,6 +587,7 @@ class GaussianDiffusion:
         progress: bool = False,
         eta: float = 0.0,
         generator: Generator = None,
+        cond_fn: CondFn = None,
     ) -> Tensor:
         """Draw samples by DDIM; the arguments of :meth:`p_sample_loop` and ``eta``.
 
@@ -543,7 +603,7 @@ class GaussianDiffusion:
             device=device,
             progress=progress,
             eta=eta,
-            **_given(generator=generator),
+            **_given(generator=generator, cond_fn=cond_fn),
         )
         return _last(steps)["sample"]
 
@@ -559,6 +619,7 @@ class GaussianDiffusion:
         progress: bool = False,
         eta: float = 0.0,
         generator: Generator = None,
+        cond_fn: CondFn = None,
     ) -> Iterator[dict[str, Tensor]]:
         """Like :meth:`ddim_sample_loop`, yielding the dict of :meth:`ddim_sample` at every step."""
 
@@ -571,7 +632,7 @@ class GaussianDiffusion:
                 denoised_fn=denoised_fn,
                 model_kwargs=model_kwargs,
                 eta=eta,
-                **_given(generator=generator),
+                **_given(generator=generator, cond_fn=cond_fn),
             )
 
         yield from self._sample_loop(step, model, shape, noise, device, progress, generator)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import UserError
-from .gaussian_diffusion import GaussianDiffusion
+from .objectives import Objective
 from .rng import jittered
 
 
@@ -67,7 +67,7 @@ def _upload(values: Tensor, device: torch.device | str) -> Tensor:
 class UniformSampler(ScheduleSampler):
     """Every timestep alike."""
 
-    def __init__(self, diffusion: GaussianDiffusion) -> None:
+    def __init__(self, diffusion: Objective) -> None:
         self.diffusion = diffusion
         self._weights = np.ones([diffusion.num_timesteps])
 
@@ -108,7 +108,7 @@ class LogitNormalSampler(ScheduleSampler):
     The density is the weighting: losses are not divided by it. arXiv 2403.03206, section 3.1.
     """
 
-    def __init__(self, diffusion: GaussianDiffusion) -> None:
+    def __init__(self, diffusion: Objective) -> None:
         tau = (np.arange(diffusion.num_timesteps) + 0.5) / diffusion.num_timesteps
         logit = np.log(tau / (1 - tau))
         self._weights = np.exp(-0.5 * logit**2) / (tau * (1 - tau))
@@ -183,7 +183,7 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     def __init__(
         self,
-        diffusion: GaussianDiffusion,
+        diffusion: Objective,
         history_per_term: int = 10,
         uniform_prob: float = 0.001,
     ) -> None:
@@ -233,7 +233,7 @@ class LossSecondMomentResampler(LossAwareSampler):
         return bool((self._loss_counts == self.history_per_term).all())
 
 
-SCHEDULE_SAMPLERS: dict[str, Callable[[GaussianDiffusion], ScheduleSampler]] = {
+SCHEDULE_SAMPLERS: dict[str, Callable[[Objective], ScheduleSampler]] = {
     "uniform": UniformSampler,
     "loss-second-moment": LossSecondMomentResampler,
     "logit_normal": LogitNormalSampler,
@@ -241,7 +241,7 @@ SCHEDULE_SAMPLERS: dict[str, Callable[[GaussianDiffusion], ScheduleSampler]] = {
 }
 
 
-def create_named_schedule_sampler(name: str, diffusion: GaussianDiffusion) -> ScheduleSampler:
+def create_named_schedule_sampler(name: str, diffusion: Objective) -> ScheduleSampler:
     """A schedule sampler by name.
 
     :param name: a key of SCHEDULE_SAMPLERS.

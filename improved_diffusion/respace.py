@@ -105,6 +105,14 @@ class SpacedDiffusion(GaussianDiffusion):
         """As in :class:`GaussianDiffusion`; the model gets the base process's timesteps."""
         return super().p_mean_variance(self._wrap_model(model), *args, **kwargs)
 
+    def condition_mean(self, cond_fn: Model, *args: Any, **kwargs: Any) -> Tensor:
+        """As in :class:`GaussianDiffusion`; ``cond_fn`` gets the base process's timesteps."""
+        return super().condition_mean(self._wrap_model(cond_fn), *args, **kwargs)
+
+    def condition_score(self, cond_fn: Model, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """As in :class:`GaussianDiffusion`; ``cond_fn`` gets the base process's timesteps."""
+        return super().condition_score(self._wrap_model(cond_fn), *args, **kwargs)
+
     def training_losses(self, model: Model, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """As in :class:`GaussianDiffusion`; the model gets the base process's timesteps."""
         return super().training_losses(self._wrap_model(model), *args, **kwargs)

@@ -98,6 +98,16 @@ class StepDraws:
         strata = stream.permutation(self.total)[self.first + part.start : self.first + part.stop]
         return jittered(strata, self.uniforms(part), self.total)
 
+    def chosen(self, share: float, part: slice, purpose: str) -> np.ndarray:
+        """Which of the images ``part`` of this process's batch are chosen, bool [N].
+
+        :param share: 0 ... 1, the probability of each.
+        :param purpose: what for: each purpose chooses for itself.
+        """
+        start, stop = self.first + part.start, self.first + part.stop
+        stream = np.random.default_rng(derive_seed(self.seed, purpose, self.step))
+        return stream.random(stop)[start:] < share
+
     def noise_like(self, x: Tensor, part: slice) -> Tensor:
         """Standard normal noise for the images ``x`` = [N, ...], ``part`` of the batch."""
         indices = range(self.first + part.start, self.first + part.stop)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from . import checkpoint, dist_util, liveness, logger
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename
 from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report, most_telling
-from .errors import Diverged, RunAgain, Stop
+from .errors import Diverged, RunAgain, Stop, UserError
 from .files import write_file
 from .flags import numbers, option, require, require_at_least
 from .fp16_util import (
@@ -28,8 +28,9 @@ from .fp16_util import (
     unflatten_master_params,
     zero_grad,
 )
-from .gaussian_diffusion import GaussianDiffusion, Model
+from .gaussian_diffusion import Model
 from .nn import update_ema
+from .objectives import Objective
 from .optimization import (
     PRECISIONS,
     OptimizationOptions,
@@ -151,6 +152,9 @@ class TrainLoop:
         :mod:`.posthoc_ema`.
     :param parallel: how the model is spread over processes. One that is shared among them need not
         be on its device yet; it stays shared.
+    :param class_dropout: the share of labels "y" that training replaces by the model's
+        ``null_class``, for classifier-free guidance; chosen by the seed, the step and the image's
+        index in the global batch.
     :param watchers: called with this loop on every process after each step that is a multiple of
         their ``interval``, but for step 0.
     :param flags: of the run, to be stored in its checkpoints.
@@ -162,7 +166,7 @@ class TrainLoop:
         self,
         *,
         model: nn.Module,
-        diffusion: GaussianDiffusion,
+        diffusion: Objective,
         data: Iterator[tuple[Batch, Cond]],
         batch_size: int,
         microbatch: int,
@@ -182,6 +186,7 @@ class TrainLoop:
         saving: SavingOptions = SavingOptions(),
         posthoc_ema: str = "",
         parallel: ParallelOptions = ParallelOptions(),
+        class_dropout: float = 0.0,
         watchers: Sequence[Watcher] = (),
         flags: Mapping[str, Any] | None = None,
     ) -> None:
@@ -203,6 +208,7 @@ class TrainLoop:
         self.bounds = bounds
         self.optimization = optimization
         self.parallel = parallel
+        self.class_dropout = class_dropout
         self.watchers = watchers
         self.flags = dict(flags or {})
 
@@ -225,6 +231,7 @@ class TrainLoop:
         self.device = dist_util.dev() if parallel.sharded else next(model.parameters()).device
         parallel.check(dist_util.get_world_size(), use_fp16)
         check_precision(optimization, use_fp16, self.device)
+        check_class_dropout(model, class_dropout)
         self._saver = Saver(saving, host_group() if parallel.sharded else None)
         self._make_weights(lr, weight_decay)
         self.posthoc_widths = parse_sigma_rels(posthoc_ema)
@@ -438,7 +445,21 @@ class TrainLoop:
         """The training losses [N] of a microbatch."""
         draws = self._draws
         noise = {} if draws is None else {"noise": draws.noise_like(images, part)}
+        cond = self._without_some_classes(cond, part)
         return self.diffusion.training_losses(network, images, t, model_kwargs=cond, **noise)
+
+    def _without_some_classes(self, cond: Cond, part: slice) -> Cond:
+        """The conditions of a microbatch, some labels replaced by that of no class."""
+        if not self.class_dropout:
+            return cond
+        y, draws = cond["y"], self._draws
+        if draws is None:
+            dropped = torch.rand(len(y), device=y.device) < self.class_dropout
+        else:
+            chosen = draws.chosen(self.class_dropout, part, "class dropout")
+            dropped = torch.from_numpy(chosen).to(y.device)
+        null_class: int = self.model.null_class  # type: ignore[assignment]
+        return {**cond, "y": y.masked_fill(dropped, null_class)}
 
     def optimize_fp16(self) -> None:
         """Undo the loss scale and update, or lower the scale if gradients overflowed."""
@@ -623,6 +644,19 @@ class TrainLoop:
             param.copy_(value)
 
 
+def check_class_dropout(model: nn.Module, class_dropout: float) -> None:
+    """Refuse a share of labels to drop that the model cannot learn from.
+
+    :raises ValueError: for a share outside of [0, 1), or a model without a null class.
+    """
+    require(0 <= class_dropout < 1, "class_dropout", class_dropout, "at least 0 and below 1")
+    if class_dropout and getattr(model, "null_class", None) is None:
+        raise UserError(
+            f"--class_dropout {class_dropout} needs a model of classes with one for no class: give "
+            "--class_cond True, and make the network with null_class=True"
+        )
+
+
 def get_blob_logdir() -> str:
     """Where checkpoints go: $DIFFUSION_BLOB_LOGDIR, or the run folder."""
     return os.environ.get("DIFFUSION_BLOB_LOGDIR", "") or logger.get_dir() or "."
@@ -640,7 +674,7 @@ def find_ema_checkpoint(main_checkpoint: str, step: int, rate: str | float) -> s
     return checkpoint.find_beside(main_checkpoint, checkpoint.ema_name(rate, step))
 
 
-def log_loss_dict(diffusion: GaussianDiffusion, ts: Tensor, losses: dict[str, Any]) -> None:
+def log_loss_dict(diffusion: Objective, ts: Tensor, losses: dict[str, Any]) -> None:
     """Log the mean of each loss, and its mean over each quarter of the timesteps.
 
     :param ts: int64 [N] timesteps.

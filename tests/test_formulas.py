@@ -30,7 +30,7 @@ NAMES = {  # under which heading each name has a row
 MODULES = (
     *("gaussian_diffusion", "respace", "losses", "schedules", "predictions", "loss_weights"),
     *("denoiser", "noise_levels", "solvers", "solvers_multistep", "solver_steps", "sampling"),
-    *("likelihood", "likelihood_ode", "ode", "nll_results", "resample"),
+    *("likelihood", "likelihood_ode", "ode", "nll_results", "resample", "guidance"),
 )
 ARXIV = r"\d{4}\.\d{5}"
 NUMBERED = re.compile(
