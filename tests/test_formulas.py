@@ -28,7 +28,8 @@ NAMES = {  # under which heading each name has a row
     "Timestep densities": SCHEDULE_SAMPLERS,
 }
 MODULES = (
-    *("gaussian_diffusion", "respace", "losses", "schedules", "predictions", "loss_weights"),
+    *("gaussian_process", "gaussian_sampling", "gaussian_diffusion", "respace", "losses"),
+    *("schedules", "predictions", "loss_weights"),
     *("denoiser", "noise_levels", "solvers", "solvers_multistep", "solver_steps", "sampling"),
     *("likelihood", "likelihood_ode", "ode", "nll_results", "resample", "guidance"),
 )

@@ -8,7 +8,7 @@ import torch
 from golden_data import formula_model
 from test_closed_form import MU, GaussianData, S
 
-from improved_diffusion import gaussian_diffusion
+from improved_diffusion import gaussian_sampling
 from improved_diffusion.errors import UserError
 from improved_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
@@ -242,7 +242,7 @@ def test_bound_without_signal_is_finite_and_has_no_prior_term(kind, var):
 
 def test_eta_of_one_leaves_nothing_from_no_signal(monkeypatch):
     """The variance of x_{t-1} is all fresh noise; rounding must not make the rest negative."""
-    monkeypatch.setattr(gaussian_diffusion, "randn_like", lambda x, generator: torch.ones_like(x))
+    monkeypatch.setattr(gaussian_sampling, "randn_like", lambda x, generator: torch.ones_like(x))
     for steps in range(2, 60):
         diffusion = process(ModelMeanType.V, steps=steps)
         t = torch.full((1,), steps - 1)
