@@ -25,6 +25,7 @@ from . import dist_util
 from .errors import UserError
 from .files import file_entry, write_file, write_tensors
 from .flags import size_text
+from .safetensors_format import is_safetensors, read_flags
 
 log = logging.getLogger(__name__)
 
@@ -434,6 +435,25 @@ def load_config(folder: str) -> dict[str, Any]:
     return dist_util.on_first_rank(read)
 
 
+def flags_of(path: str) -> tuple[str, dict[str, Any]]:
+    """The flags of a checkpoint: those that its file itself holds, else those of its folder.
+
+    :param path: a file; one of safetensors may hold its flags.
+    :return: that file or folder, and the flags, empty if there are none.
+    :raises ValueError: on every process, if what holds the flags is damaged.
+    """
+    inside = dist_util.on_first_rank(lambda: read_flags(path)) if is_safetensors(path) else {}
+    if inside:
+        return path, inside
+    folder = os.path.dirname(path)
+    return folder, load_config(folder)
+
+
+def place_of_flags(where: str) -> str:
+    """The file that holds the flags, of a folder or of a file that holds them itself."""
+    return where if is_safetensors(where) else f"{where}/{CONFIG}"
+
+
 def merge_flags(
     flags: Mapping[str, Any],
     given: Collection[str],
@@ -449,7 +469,7 @@ def merge_flags(
     :param stored: the checkpoint's flags.
     :param fixed: names that training has settled: a given one must agree.
     :param inherited: names to take from the checkpoint where they are not given.
-    :param where: the folder of the checkpoint, for the error.
+    :param where: the folder of the checkpoint, or the file that holds its flags, for the error.
     :raises ValueError: naming flags, values and the checkpoint's values, for those that contradict.
     """
     merged = dict(flags)
@@ -465,7 +485,7 @@ def merge_flags(
         verb, flag = ("contradicts", "flag") if len(ours) == 1 else ("contradict", "flags")
         raise UserError(
             f"{' '.join(ours)} {verb} the checkpoint, which was trained with {' '.join(theirs)} "
-            f"({where}/{CONFIG}): leave the {flag} out"
+            f"({place_of_flags(where)}): leave the {flag} out"
         )
     return merged
 

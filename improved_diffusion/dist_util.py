@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import liveness, rendezvous
 from .errors import Stop, UserError
+from .safetensors_format import is_safetensors, parse_safetensors
 from .solo_group import init_solo_process_group
 from .stalls import say
 
@@ -169,7 +170,7 @@ def on_first_rank(function: Callable[[], T]) -> T:
 def load_state_dict(path: str, **kwargs: Any) -> Any:
     """Load a file of tensors, which the first process reads, on every process.
 
-    :param path: anything that blobfile opens.
+    :param path: anything that blobfile opens; of safetensors if it is named so.
     :param kwargs: arguments of :func:`torch.load`, such as ``map_location``.
     :raises ValueError: on every process alike, if the file is missing, damaged, or holds anything
         but tensors and plain containers of them.
@@ -189,6 +190,10 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
 
 
 def _load_tensors(data: bytes, path: str, kwargs: dict[str, Any]) -> Any:
+    if is_safetensors(path):
+        tensors = parse_safetensors(data, path)
+        place = kwargs.get("map_location")
+        return {key: t.to(place or "cpu") for key, t in tensors.items()}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them

@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import nn
 
 from . import checkpoint, dist_util, liveness, logger, state_dicts
 from ._version import __version__
+from .classifier_options import ClassifierOptions
 from .errors import UserError
 from .flags import given_flags, option, pick, require_at_least
 from .image_datasets import ImageList
@@ -139,38 +140,58 @@ def announce(flags: Flags) -> None:
         )
 
 
-def inherit(flags: Flags, given: set[str], folder: str) -> Flags:
+def inherit(flags: Flags, given: set[str], folder: str, stored: Flags | None = None) -> Flags:
     """Take the model's flags from the run folder that holds a checkpoint.
 
+    :param folder: the folder; or a file that holds its flags itself.
+    :param stored: those flags, if they are known; None for the folder's.
     :raises ValueError: naming both values, if a given flag contradicts what training settled.
     """
-    stored = checkpoint.load_config(folder)
+    stored = checkpoint.load_config(folder) if stored is None else stored
     if not stored:
         log.warning(
             f"no {checkpoint.CONFIG} beside the checkpoint: its flags are those given and the "
             f"defaults, such as --noise_schedule {flags['noise_schedule']} --diffusion_steps "
             f"{flags['diffusion_steps']}"
         )
-    else:
+    known = {field.name for cls in _OPTIONS for field in dataclasses.fields(cls)} | {"labels_from"}
+    merged = _merge(flags, given, stored, known & flags.keys(), folder)
+    merged["class_names"] = stored.get("class_names", [])
+    return merged
+
+
+def _merge(
+    flags: Flags, given: set[str], stored: Flags, names: Collection[str], where: str
+) -> Flags:
+    """Take some flags from those of a checkpoint, {} for none; ``where`` they are stored.
+
+    :raises ValueError: naming both values, if a given flag contradicts what training settled.
+    """
+    if stored:
         stored = {**_BEFORE, **stored}
         stored, given = _in_same_words(flags, given, stored)
         if stored["betas"] and is_absent_file(flags.get("betas", "")):
             log.info(f"--betas {flags['betas']} is gone: its numbers are stored with the run")
             flags = {**flags, "betas": stored["betas"]}
-        _check_betas(flags, given, stored, folder)
+        _check_betas(flags, given, stored, where)
+        _check_null_class(flags, given, stored, where)
     if not flags.get("num_classes"):
         given = given - {"num_classes"}  # 0: to be counted
-    known = {field.name for cls in _OPTIONS for field in dataclasses.fields(cls)} | {"labels_from"}
-    merged = checkpoint.merge_flags(
-        flags, given, stored, FIXED_BY_TRAINING, known & flags.keys(), folder
-    )
-    merged["class_names"] = stored.get("class_names", [])
-    return merged
+    return checkpoint.merge_flags(flags, given, stored, FIXED_BY_TRAINING, names, where)
 
 
-_OPTIONS = (ModelAndDiffusionOptions, SuperResOptions)
+_OPTIONS = (ModelAndDiffusionOptions, SuperResOptions, ClassifierOptions)
 # What runs did from before there were these flags: 8-bit pictures, the process of the other flags
-_BEFORE = {"value_range": "", "predict": "", "betas": "", "zero_terminal_snr": False}
+_BEFORE = {
+    "value_range": "",
+    "predict": "",
+    "betas": "",
+    "zero_terminal_snr": False,
+    "num_head_channels": -1,
+    "resblock_updown": False,
+    "use_new_attention_order": False,
+    "class_dropout": 0.0,
+}
 
 
 def _in_same_words(flags: Flags, given: set[str], stored: Flags) -> tuple[Flags, set[str]]:
@@ -196,7 +217,17 @@ def _check_betas(flags: Flags, given: set[str], stored: Flags, folder: str) -> N
         ours, theirs = (shorten(side["betas"]) or "''" for side in (flags, stored))
         raise UserError(
             f"--betas {ours} contradicts the checkpoint, which was trained with --betas {theirs} "
-            f"({folder}/{checkpoint.CONFIG}): leave the flag out"
+            f"({checkpoint.place_of_flags(folder)}): leave the flag out"
+        )
+
+
+def _check_null_class(flags: Flags, given: set[str], stored: Flags, folder: str) -> None:
+    """Refuse to add or drop the label that stands for none; its share may change."""
+    ours, theirs = flags.get("class_dropout", 0), stored["class_dropout"]
+    if "class_dropout" in given and (ours > 0) != (theirs > 0):
+        raise UserError(
+            f"--class_dropout {ours} contradicts the checkpoint, which was trained with "
+            f"--class_dropout {theirs} ({folder}/{checkpoint.CONFIG}): leave the flag out"
         )
 
 
@@ -243,6 +274,68 @@ def _some(names: set[str]) -> str:
     return ", ".join(sorted(names)[:5]) + (", ..." if len(names) > 5 else "")
 
 
+# -- a classifier for a diffusion model -------------------------------------------------------
+
+# What a classifier must have in common with the diffusion model that it guides
+_OF_THE_PROCESS = (
+    "image_size",
+    "channels",
+    "value_range",
+    "diffusion_steps",
+    "noise_schedule",
+    "predict",  # the flow has a schedule of its own
+    "predict_xstart",
+    "betas",
+    "zero_terminal_snr",
+    "rescale_timesteps",
+)
+_OF_THE_CLASSES = ("num_classes", "labels_from")
+
+
+def classifier_for(flags: Flags, given: set[str]) -> Flags:
+    """Take noise levels, size and classes from the diffusion checkpoint that a classifier guides.
+
+    :param flags: ``classifier_for`` is a file of the checkpoint, or the folder of its run.
+    :param given: the names of the flags that are settled.
+    :raises ValueError: on every process, if there is no such checkpoint of a diffusion model with
+        its flags; naming both values, if a given flag contradicts them.
+    """
+    where, stored = _flags_of_diffusion(flags["classifier_for"])
+    names = _OF_THE_PROCESS + (_OF_THE_CLASSES if stored.get("class_cond") else ())
+    merged = _merge(flags, given, stored, names, where)
+    known, theirs = flags.get("class_names") or [], stored.get("class_names") or []
+    if known and stored.get("class_cond") and known != theirs:
+        raise UserError(
+            f"--classifier_for {flags['classifier_for']}: its classes are not those that this "
+            "classifier was trained on: name another --log_dir, to begin anew"
+        )
+    log.info(f"noise levels, size and classes are those of {flags['classifier_for']}")
+    return {**merged, "class_names": theirs if stored.get("class_cond") else known}
+
+
+def _flags_of_diffusion(path: str) -> tuple[str, Flags]:
+    """Where the flags of a diffusion checkpoint are stored, and those flags."""
+    import blobfile as bf
+
+    flag = f"--classifier_for {path}"
+    if not dist_util.on_first_rank(lambda: bf.exists(path)):
+        raise UserError(f"{flag} does not exist: name a checkpoint of the diffusion model")
+    is_folder = dist_util.on_first_rank(lambda: bf.isdir(path))
+    where, stored = checkpoint.flags_of(bf.join(path, "") if is_folder else path)
+    if not stored:
+        raise UserError(
+            f"{flag} has no {checkpoint.CONFIG} beside it, which would tell its flags: give them "
+            "instead, such as --image_size, --noise_schedule and --diffusion_steps"
+        )
+    kind = "a super-resolution model" if "large_size" in stored else "no model of image_train.py"
+    kind = "a classifier" if is_of_classifier(stored) else kind
+    if is_of_classifier(stored) or "image_size" not in stored:
+        raise UserError(
+            f"{flag} is {kind}: name a checkpoint of the diffusion model that is to be guided"
+        )
+    return where, stored
+
+
 # -- from a checkpoint ------------------------------------------------------------------------
 
 
@@ -251,8 +344,24 @@ def prepare_from_checkpoint(flags: Flags, given: set[str]) -> Flags:
     if not flags["model_path"]:
         raise UserError("--model_path is missing: name a checkpoint, such as runs/x/ema_....pt")
     folder = set_up(flags)
-    flags = inherit(flags, given, os.path.dirname(flags["model_path"]))
+    where, stored = checkpoint.flags_of(flags["model_path"])
+    refuse_classifier(flags["model_path"], stored)
+    flags = inherit(flags, given, where, stored)
     return {**flags, "log_dir": folder}
+
+
+def is_of_classifier(stored: Flags) -> bool:
+    """Whether the flags beside a checkpoint are those of a classifier."""
+    return "classifier_width" in stored
+
+
+def refuse_classifier(path: str, stored: Flags) -> None:
+    """Refuse a checkpoint by the flags beside it, if it is one of a classifier."""
+    if is_of_classifier(stored):
+        raise UserError(
+            f"checkpoint '{path}' is that of a classifier, which makes no images: give it as "
+            "--classifier_path of classifier_sample.py"
+        )
 
 
 def load_for_evaluation(model: nn.Module, path: str) -> nn.Module:
@@ -261,6 +370,14 @@ def load_for_evaluation(model: nn.Module, path: str) -> nn.Module:
     :raises ValueError: if the checkpoint does not fit, or its weights are not finite.
     """
     state_dicts.load_model(model, path)
+    check_finite(model, path)
+    return model.to(dist_util.dev()).eval()
+
+
+def check_finite(model: nn.Module, path: str) -> None:
+    """Refuse the weights that a model has from a checkpoint, unless they are finite.
+
+    :raises ValueError: naming the checkpoint.
+    """
     if not all(param.isfinite().all() for param in model.parameters()):
         raise UserError(f"checkpoint '{path}' holds non-finite weights: its training diverged")
-    return model.to(dist_util.dev()).eval()

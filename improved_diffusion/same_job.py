@@ -30,7 +30,11 @@ OTHER_FLAGS = frozenset(
         "class_names",
         "model_path",  # by what it holds
         "base_samples",
+        "guide_path",
+        "classifier_path",
         "dropout",  # of training alone
+        "classifier_dropout",
+        "class_dropout",
         "use_kl",
         "rescale_learned_sigmas",
         "loss_weight",

@@ -16,6 +16,7 @@ from .denoiser import Denoiser
 from .errors import UserError
 from .flags import option, require, require_at_least
 from .gaussian_diffusion import GaussianDiffusion, Model
+from .guidance import ClassifierGuidance, CondFn
 from .noise_levels import (
     KARRAS_RHO,
     SPACINGS,
@@ -83,6 +84,7 @@ class SampleOptions:
         False,
         "also write each image as a PNG file; with --value_range as 16-bit grey PNG or .npy",
     )
+    use_fp16: bool = option(False, "compute in float16, as far as the network can")
 
     def __post_init__(self) -> None:
         require_at_least(1, self, ["num_samples", "batch_size"])
@@ -210,12 +212,15 @@ def draw_samples(
     options: SampleOptions,
     seed: int,
     model_kwargs: dict[str, Any],
+    cond_fn: CondFn | None = None,
 ) -> Tensor:
     """Draw the samples of the given indices; each depends on its index and the seed alone.
 
     :param diffusion: the process; its own steps are taken unless the options say how many.
     :param image_shape: (C, H, W).
-    :param model_kwargs: for the model, with N = len(indices) rows each.
+    :param model_kwargs: for the model, with N = len(indices) rows each; ``cond_fn`` gets them too.
+    :param cond_fn: a gradient to follow, see :class:`.ClassifierGuidance`: by the mean of ddpm's
+        steps, by the score of those of all other samplers.
     :return: float32 [N, C, H, W], mostly in [-1, 1].
     """
     if options.chosen == "ode" and len(indices) > 1:
@@ -225,13 +230,15 @@ def draw_samples(
             for row in range(len(indices))
         ]
         rows = [
-            draw_samples(model, diffusion, [index], image_shape, options, seed, own)
+            draw_samples(model, diffusion, [index], image_shape, options, seed, own, cond_fn)
             for index, own in zip(indices, alone, strict=True)
         ]
         return torch.cat(rows)
     shape = (len(indices), *image_shape)
     generators = sample_generators(seed, indices)
     if options.chosen not in OF_THE_PROCESS:
+        if cond_fn is not None:
+            model = ClassifierGuidance(model, diffusion, cond_fn)
         return _solve(model, diffusion, shape, options, generators, model_kwargs)
     if options.steps:
         diffusion = _respaced(diffusion, options.steps, options.chosen_spacing)
@@ -240,6 +247,7 @@ def draw_samples(
         "model_kwargs": model_kwargs,
         "device": dist_util.dev(),
         "generator": generators,
+        "cond_fn": cond_fn,
     }
     if options.chosen == "ddim":
         return diffusion.ddim_sample_loop(model, shape, eta=options.eta, **arguments)

@@ -26,7 +26,7 @@ from .image_datasets import (
     open_dataset,
 )
 from .pixels import check_files, parse_value_range
-from .runs import Flags, check_class_names, relabel
+from .runs import Flags, check_class_names, is_of_classifier, relabel
 from .validation import hold_out, spread_out
 from .watching import WatchOptions, keep_random_state
 from .webdata import ShardFormat, ShardStream, check_first, find_shards, workers_of
@@ -66,6 +66,11 @@ def open_data(flags: Flags, size_flag: str) -> tuple[Flags, TrainingData]:
     else:
         images = _list(flags, "data_dir")
         flags = _with_classes(flags, images)
+    if is_of_classifier(flags) and len(flags["class_names"]) < 2:
+        raise UserError(
+            f"--data_dir {source.data_dir} has one class, {flags['class_names'][0]}: a classifier "
+            "tells two or more apart; --labels_from says what names make the classes"
+        )
     training, validation = _split(images, flags, size_flag)
     if shards:
         return flags, TrainingData(
@@ -136,7 +141,7 @@ def _with_classes(flags: Flags, images: ImageList) -> Flags:
     found, wanted = list(images.class_names), flags["num_classes"] or len(images.class_names)
     if len(found) == len(images.paths) > 1:
         raise UserError(
-            f"--class_cond True: each of the {len(found)} images would be a class of its own; name "
+            f"{_asked(flags)}: each of the {len(found)} images would be a class of its own; name "
             "files CLASS_anything, or put each class into a folder and give --labels_from folder"
         )
     if flags.get("class_names"):
@@ -150,13 +155,18 @@ def _with_classes(flags: Flags, images: ImageList) -> Flags:
     return {**flags, "num_classes": wanted, "class_names": found}
 
 
+def _asked(flags: Flags) -> str:
+    """What asks for classes."""
+    return "a classifier learns classes" if is_of_classifier(flags) else "--class_cond True"
+
+
 def _with_numbered_classes(flags: Flags) -> Flags:
     """The class names of tar shards: numbers, unless the run to go on from knows better."""
     if not flags["class_cond"]:
         return flags
     if not flags["num_classes"]:
         raise UserError(
-            "--class_cond True: the classes in tar shards are not counted: give --num_classes"
+            f"{_asked(flags)}: the classes in tar shards are not counted: give --num_classes"
         )
     known = flags.get("class_names") or [str(i) for i in range(flags["num_classes"])]
     return {**flags, "class_names": known}

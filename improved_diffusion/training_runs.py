@@ -12,17 +12,26 @@ from torch import nn
 
 from . import checkpoint, dist_util, liveness, logger, sharded, state_dicts
 from .augment import AugmentOptions
+from .classifier_training import ClassifierLoss
 from .errors import UserError
 from .flags import pick
-from .gaussian_diffusion import GaussianDiffusion
 from .image_datasets import DataOptions
 from .likelihood import bits_of_a_range
+from .objectives import Objective
 from .optimization import OptimizationOptions, check_precision
 from .parallel import ParallelOptions
 from .previews import Previews
 from .resample import create_named_schedule_sampler
 from .rng import seed_everything
-from .runs import Flags, announce, inherit, set_up, store_flags
+from .runs import (
+    Flags,
+    announce,
+    classifier_for,
+    inherit,
+    is_of_classifier,
+    set_up,
+    store_flags,
+)
 from .saving import SavingOptions
 from .script_util import ModelAndDiffusionOptions, SuperResOptions
 from .stopping import Bounds
@@ -54,6 +63,7 @@ TRAINING_OPTIONS = (
 def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Flags, TrainingData]:
     """Check everything that can be checked before the run folder is made; then seed the weights.
 
+    :param flags: those of a classifier went through :func:`.classifier_training.training_flags`.
     :param size_flag: the flag that holds the size of the images to load.
     :return: the flags with the folder, inherited values and the number of classes filled in; and
         the data.
@@ -64,6 +74,8 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
     flags = _spread(flags, given)
     liveness.doing("looking for a checkpoint", starting=True)
     flags = _with_checkpoint(flags, given)
+    if is_of_classifier(flags):
+        flags = _for_diffusion_model(flags, given)
     flags, data = open_data(flags, size_flag)
     train = pick(TrainOptions, flags)
     check_precision(pick(OptimizationOptions, flags), train.use_fp16, dist_util.dev())
@@ -140,6 +152,27 @@ def _with_checkpoint(flags: Flags, given: set[str]) -> Flags:
     return {**flags, "resume_checkpoint": continued or "", "began_from": began_from}
 
 
+def _for_diffusion_model(flags: Flags, given: set[str]) -> Flags:
+    """Fill in what the diffusion model settles that a classifier is for, if one is named.
+
+    A run that goes on knows it already, so that the diffusion model may be gone.
+
+    :raises ValueError: if the run would go on from a diffusion model; see :func:`.classifier_for`.
+    """
+    flags = {**flags, "classifier_use_fp16": flags["use_fp16"]}
+    path, own = _absolute(flags["classifier_for"]), flags["resume_checkpoint"]
+    flags["classifier_for"] = path
+    stored = checkpoint.load_config(os.path.dirname(own)) if own else {}
+    if stored and not is_of_classifier(stored):
+        raise UserError(
+            f"checkpoint '{own}' is that of a diffusion model, not of a classifier: name it by "
+            "--classifier_for, and another --log_dir"
+        )
+    if not path or path == stored.get("classifier_for"):
+        return flags
+    return classifier_for(flags, given | stored.keys())
+
+
 def _absolute(path: str) -> str:
     """A path that does not depend on the working directory; '' and addresses of blobs stay."""
     return os.path.abspath(path) if path and "://" not in path else path
@@ -148,11 +181,11 @@ def _absolute(path: str) -> str:
 def _tell_changes(flags: Flags, stored: Flags) -> None:
     """Say which flags of training differ from those of the last sitting."""
     names = {field.name for cls in TRAINING_OPTIONS for field in dataclasses.fields(cls)}
-    names = (names | {"seed"}) - {"resume_checkpoint"}
+    names = (names | {"seed", "noised"}) - {"resume_checkpoint"}
     names -= {"batch_size"} if flags["global_batch"] else set()
     changed = [
         f"--{name} {flags[name]} (was {stored[name]})"
-        for name in sorted(names & stored.keys())
+        for name in sorted(names & stored.keys() & flags.keys())
         if flags[name] != stored[name]
     ]
     if changed:
@@ -161,18 +194,18 @@ def _tell_changes(flags: Flags, stored: Flags) -> None:
 
 def train(
     model: nn.Module,
-    diffusion: GaussianDiffusion,
+    objective: Objective,
     data: TrainingData,
     flags: Flags,
 ) -> None:
     """Open the run folder and train in it."""
-    make_loop(model, diffusion, data, flags).run_loop()
+    make_loop(model, objective, data, flags).run_loop()
     logger.log(f"training complete; checkpoints are in {get_blob_logdir()}")
 
 
 def make_loop(
     model: nn.Module,
-    diffusion: GaussianDiffusion,
+    objective: Objective,
     data: TrainingData,
     flags: Flags,
 ) -> TrainLoop:
@@ -187,18 +220,19 @@ def make_loop(
         model.to(dist_util.dev())
     arguments = dataclasses.asdict(options)
     arguments["schedule_sampler"] = create_named_schedule_sampler(
-        options.schedule_sampler, diffusion
+        options.schedule_sampler, objective
     )
     loop = TrainLoop(
         model=model,
-        diffusion=diffusion,
+        diffusion=objective,
         data=data.stream,
         seed=flags["seed"],
         bounds=pick(Bounds, flags),
         optimization=pick(OptimizationOptions, flags),
         saving=pick(SavingOptions, flags),
         parallel=parallel,
-        watchers=_watchers(diffusion, data, flags),
+        class_dropout=flags.get("class_dropout", 0.0),
+        watchers=_watchers(objective, data, flags),
         flags=flags,
         **arguments,
     )
@@ -254,16 +288,17 @@ def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
         )
 
 
-def _watchers(diffusion: GaussianDiffusion, data: TrainingData, flags: Flags) -> list[Watcher]:
+def _watchers(objective: Objective, data: TrainingData, flags: Flags) -> list[Watcher]:
     """What looks at the run on the way."""
     watch = pick(WatchOptions, flags)
     watchers: list[Watcher] = []
     if data.validation:
         chosen = spread_out(data.validation, watch.val_images)
         batches = load_shares(chosen, data, flags)  # once; they are the same each time
-        validation = Validation(diffusion, lambda: batches, len(chosen.paths))
+        terms = objective.terms if isinstance(objective, ClassifierLoss) else ("loss",)
+        validation = Validation(objective, lambda: batches, len(chosen.paths), terms)
         watchers.append(ValidationWatcher(validation, watch.val_interval))
-        if flags.get("value_range"):
+        if flags.get("value_range") and not is_of_classifier(flags):
             logger.log(f"val_bpd is in {bits_of_a_range(flags['value_range'])}")
     if watch.sample_interval:
         reference, shown = (load_some(data, flags, n) for n in (REFERENCE_IMAGES, PREVIEW_IMAGES))

@@ -1,5 +1,7 @@
 """The README's commands, in order, as a newcomer would type them."""
 
+import gzip
+import json
 import os
 import re
 import subprocess
@@ -7,7 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from golden_data import GOLDEN, load_json
 from launchers import environment
+
+from improved_diffusion.flags import make_parser
+from improved_diffusion.script_util import (
+    ClassifierOptions,
+    ModelAndDiffusionOptions,
+    SuperResOptions,
+)
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -63,17 +73,29 @@ def test_links_and_modules_exist():
     assert modules - listed == set()
 
 
+def published():
+    """(name, flags) of every row of a table of published checkpoints."""
+    return re.findall(r"^\| ([^|]+) \| `(--[^`]+)` \|$", README, flags=re.MULTILINE)
+
+
 def test_published_flags_build_the_published_networks():
-    from golden_data import load_json
-
-    from improved_diffusion.flags import make_parser
-    from improved_diffusion.script_util import ModelAndDiffusionOptions, SuperResOptions
-
-    rows = re.findall(r"^\| ([^|]+) \| `(--[^`]+)` \|$", README, flags=re.MULTILINE)
     manifests = load_json("state_dicts.json")
-    assert len(rows) == len(manifests)
+    rows = published()[: len(manifests)]
     for (name, flags), manifest in zip(rows, manifests.values(), strict=True):
         options = SuperResOptions if "--large_size" in flags else ModelAndDiffusionOptions
         args = vars(make_parser("", options).parse_args(flags.split()))
         for key, value in manifest["arguments"].items():
             assert args[key] == value, f"{name}: {key}"
+
+
+def test_flags_of_guided_diffusion_build_its_networks():
+    manifests = json.loads(gzip.decompress((GOLDEN / "guided_manifests.json.gz").read_bytes()))
+    rows = dict(published()[-len(manifests) :])
+    assert rows.keys() == manifests.keys()
+    kinds = {"diffusion": ModelAndDiffusionOptions, "upsampler": SuperResOptions}
+    for name, manifest in manifests.items():
+        options = kinds.get(manifest["kind"], ClassifierOptions)
+        parser = make_parser("", options)
+        ours, theirs = (parser.parse_args(f.split()) for f in (rows[name], manifest["flags"]))
+        theirs.noise_schedule = ours.noise_schedule  # makes no key
+        assert vars(ours) == vars(theirs), name

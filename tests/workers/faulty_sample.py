@@ -47,9 +47,9 @@ def plant(fault):
         fault.happens("unlink", os.path.basename(path))
         unlink(path)
 
-    def faulty_draw(model, diffusion, indices, *args):
+    def faulty_draw(model, diffusion, indices, *args, **kwargs):
         fault.happens("make", *indices)
-        return draw(model, diffusion, indices, *args)
+        return draw(model, diffusion, indices, *args, **kwargs)
 
     os.fsync, os.replace, os.unlink = faulty_fsync, faulty_replace, faulty_unlink
     sampling.draw_samples = faulty_draw

@@ -1,0 +1,69 @@
+"""docs/guidance.md: its commands and its example, one after the other; what it says of the code."""
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from launchers import environment
+from script_runner import ROOT, load_module, samples
+
+TEXT = (ROOT / "docs" / "guidance.md").read_text()
+SCRIPTS = ("image_train", "image_sample", "super_res_sample", "classifier_train")
+
+# what the example leaves behind is as it says
+CHECKS = """
+assert images.shape == bright.shape == score.shape == (10, 1, 8, 8)
+assert bright.mean() > images.mean() + 0.1, (bright.mean(), images.mean())
+assert led(images, torch.full((10,), 3), **y).shape == images.shape
+"""
+
+
+def marked_blocks():
+    """(language, code) of each block that follows a line <!-- run -->."""
+    return re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
+
+
+@pytest.mark.slow
+def test_commands_run_in_order(tmp_path):
+    for folder in ("scripts", "datasets"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    env = {**environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.fspath(ROOT)}
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
+    blocks = marked_blocks()
+    assert [language for language, _ in blocks] == [*["sh"] * 4, "python"]
+    for language, code in blocks:
+        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c"]
+        command += [] if language == "sh" else [code + CHECKS]
+        done = subprocess.run(
+            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    names = ("scale3", "interval", "auto", "by_classifier")
+    drawn = {name: samples(tmp_path / "runs" / name) for name in names}
+    for images, labels in drawn.values():
+        assert images.shape == (20, 8, 8, 1)
+        assert labels.tolist() == list(range(10)) * 2
+    for one, other in itertools.combinations(names, 2):
+        difference = drawn[one][0].astype(int) - drawn[other][0]
+        assert np.abs(difference).max() > 2, (one, other)
+
+
+def test_flags_exist():
+    known = {
+        action.dest
+        for name in (*SCRIPTS, "classifier_sample")
+        for action in load_module("scripts", name).create_argparser()._actions
+    }
+    mentioned = set(re.findall(r"(?<![\w-])--(\w+)", TEXT))
+    assert mentioned - known <= {"unconditional"}  # of the benchmark
+    assert {name for name in known if name.startswith(("guid", "class_dropout"))} <= mentioned
+
+
+def test_links_exist():
+    for target in re.findall(r"\]\(([^)#]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)):
+        assert "://" in target or (ROOT / "docs" / target).exists(), target
