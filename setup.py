@@ -14,6 +14,8 @@ scientific = ["tifffile>=2023.1.23", "imagecodecs>=2023.1.23"]
 webdataset = ["webdataset>=1.0"]
 ode = ["scipy>=1.10"]
 plots = ["matplotlib>=3.7"]
+safetensors = ["safetensors>=0.4"]
+diffusers = ["diffusers>=0.30", *safetensors]
 
 setup(
     name="improved-diffusion",
@@ -34,7 +36,18 @@ setup(
         "pillow>=9.4",
     ],
     extras_require={
-        "test": [*test, *mpi, *tensorboard, *demo, *lsun, *scientific, *webdataset, *ode, *plots],
+        "test": [
+            *test,
+            *mpi,
+            *tensorboard,
+            *demo,
+            *lsun,
+            *scientific,
+            *webdataset,
+            *ode,
+            *plots,
+            *diffusers,
+        ],
         "mpi": mpi,
         "tensorboard": tensorboard,
         "demo": demo,
@@ -43,5 +56,7 @@ setup(
         "webdataset": webdataset,
         "ode": ode,
         "plots": plots,
+        "safetensors": safetensors,
+        "diffusers": diffusers,
     },
 )
