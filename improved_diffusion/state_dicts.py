@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from . import checkpoint, dist_util
 from .errors import UserError
 
-
 LABELS = "--num_classes (one more with --class_dropout)"
 
 

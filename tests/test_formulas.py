@@ -31,7 +31,7 @@ MODULES = (
     *("gaussian_process", "gaussian_sampling", "gaussian_diffusion", "respace", "losses"),
     *("schedules", "predictions", "loss_weights"),
     *("denoiser", "noise_levels", "solvers", "solvers_multistep", "solver_steps", "sampling"),
-    *("likelihood", "likelihood_ode", "ode", "nll_results", "resample", "guidance"),
+    *("likelihood", "likelihood_ode", "ode", "nll_results", "resample", "guidance", "editing"),
 )
 ARXIV = r"\d{4}\.\d{5}"
 NUMBERED = re.compile(

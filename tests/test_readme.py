@@ -35,7 +35,7 @@ def test_commands_run(tmp_path):
     env = environment()
     env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
     blocks = marked_blocks()
-    assert [language for language, _ in blocks] == [*["sh"] * 6, "python"]
+    assert [language for language, _ in blocks] == [*["sh"] * 9, "python"]
     for language, code in blocks:
         command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
         done = subprocess.run(
@@ -45,6 +45,9 @@ def test_commands_run(tmp_path):
     runs = tmp_path / "runs"
     for promised in (
         "few_steps/samples_20x8x8x1.npz",
+        "guided/samples_20x8x8x1.npz",
+        "edits/grid.png",
+        "pipeline/unet/config.json",
         "nll/nll.json",
         "digits/config.json",
         "digits/log.txt",
