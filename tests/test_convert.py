@@ -5,17 +5,13 @@ The library's part is in test_interchange.py.
 
 import dataclasses
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launchers import environment
+from documents import run_blocks
 from PIL import Image
 from script_runner import (
     ROOT,
@@ -165,18 +161,7 @@ def test_what_cannot_be_converted_leaves_nothing(workplace, convert, path, to, o
 @pytest.mark.slow
 def test_commands_of_the_document_run(tmp_path):
     text = (ROOT / "docs" / "interchange.md").read_text()
-    blocks = re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", text, flags=re.DOTALL)
-    assert [language for language, _ in blocks] == ["sh", "python", "sh"]
-    for folder in ("scripts", "datasets"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    env = environment()
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-    for language, code in blocks:
-        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    run_blocks(text, tmp_path, ["sh", "python", "sh"])
     back, file = (samples(tmp_path / "runs" / name)[0] for name in ("back_samples", "file_samples"))
     assert np.array_equal(back, file)
     with Image.open(tmp_path / "runs" / "digit.png") as image:

@@ -2,12 +2,10 @@
 
 import os
 import re
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from launchers import environment
+from documents import missing_links, run_blocks
 from PIL import Image
 from script_runner import ROOT, load_module, succeed
 
@@ -33,11 +31,6 @@ DEMO = {
 }
 
 
-def marked_blocks():
-    """(language, code) of each block that follows a line <!-- run -->."""
-    return re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
-
-
 @pytest.mark.slow
 def test_commands_run(tmp_path, digits_dir, run_script):
     demo = tmp_path / "runs" / "demo"
@@ -46,17 +39,7 @@ def test_commands_run(tmp_path, digits_dir, run_script):
     )
     (demo / "train" / "ema_0.99_000010.pt").rename(demo / "train" / "ema_0.99_001500.pt")
     (demo / "digits").symlink_to(digits_dir)
-    (tmp_path / "scripts").symlink_to(ROOT / "scripts")
-    env = {**environment(), "PYTHONPATH": os.fspath(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env["PATH"]])
-    blocks = marked_blocks()
-    assert [language for language, _ in blocks] == ["sh", "python", *["sh"] * 4, *["python"] * 2]
-    for language, code in blocks:
-        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    run_blocks(TEXT, tmp_path, ["sh", "python", *["sh"] * 4, *["python"] * 2])
     counts = {"inpainting": 24, "variants": 24, "as_eights": 6, "reconstructed": 6}
     for folder, count in {**counts, "interpolation": 48}.items():
         assert len(os.listdir(tmp_path / "runs" / folder / "edited")) == count, folder
@@ -81,5 +64,4 @@ def test_flags_exist_and_all_of_the_script_are_mentioned():
 
 
 def test_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)):
-        assert "://" in target or (ROOT / "docs" / target).exists(), target
+    assert missing_links(TEXT, ROOT / "docs") == []

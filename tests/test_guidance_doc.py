@@ -1,15 +1,11 @@
 """docs/guidance.md: its commands and its example, one after the other; what it says of the code."""
 
 import itertools
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
-from launchers import environment
+from documents import missing_links, run_blocks
 from script_runner import ROOT, load_module, samples
 
 TEXT = (ROOT / "docs" / "guidance.md").read_text()
@@ -23,26 +19,9 @@ assert led(images, torch.full((10,), 3), **y).shape == images.shape
 """
 
 
-def marked_blocks():
-    """(language, code) of each block that follows a line <!-- run -->."""
-    return re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", TEXT, flags=re.DOTALL)
-
-
 @pytest.mark.slow
 def test_commands_run_in_order(tmp_path):
-    for folder in ("scripts", "datasets"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    env = {**environment(), "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.fspath(ROOT)}
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-    blocks = marked_blocks()
-    assert [language for language, _ in blocks] == [*["sh"] * 4, "python"]
-    for language, code in blocks:
-        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c"]
-        command += [] if language == "sh" else [code + CHECKS]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300
-        )
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    run_blocks(TEXT, tmp_path, [*["sh"] * 4, "python"], CHECKS)
     names = ("scale3", "interval", "auto", "by_classifier")
     drawn = {name: samples(tmp_path / "runs" / name) for name in names}
     for images, labels in drawn.values():
@@ -65,5 +44,4 @@ def test_flags_exist():
 
 
 def test_links_exist():
-    for target in re.findall(r"\]\(([^)#]+)", re.sub(r"```.*?```", "", TEXT, flags=re.DOTALL)):
-        assert "://" in target or (ROOT / "docs" / target).exists(), target
+    assert missing_links(TEXT, ROOT / "docs") == []

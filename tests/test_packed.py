@@ -3,7 +3,6 @@
 import json
 import os
 import pickle
-import re
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from documents import run_blocks
 from golden_data import GOLDEN
 from launchers import environment, start
 from PIL import Image
@@ -681,22 +681,8 @@ def test_validation_on_a_packed_set_of_another_size(digits_dir, digits_pack, tmp
 def test_commands_of_the_page_run(tmp_path):
     page = (ROOT / "docs" / "data.md").read_text()
     section = page.split("## Packed sets")[1].split("\n## ")[0]
-    blocks = re.findall(r"<!-- run -->\n```sh\n(.*?)```", section, flags=re.DOTALL)
-    assert len(blocks) == 2
-    for folder in ("scripts", "datasets"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    for code in blocks:
-        done = subprocess.run(
-            ["bash", "-euc", code],
-            cwd=tmp_path,
-            env=environment(PATH=path),
-            capture_output=True,
-            text=True,
-            timeout=120,
-        )
-        assert done.returncode == 0, done.stderr
-    assert "all checksums are right" in done.stdout
+    done = run_blocks(section, tmp_path, ["sh", "sh"])
+    assert "all checksums are right" in done[-1].stdout
     assert (tmp_path / "runs" / "packed" / "model000002.pt").exists()
 
 

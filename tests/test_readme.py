@@ -2,15 +2,12 @@
 
 import gzip
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from documents import missing_links, run_blocks
 from golden_data import GOLDEN, load_json
-from launchers import environment
 
 from improved_diffusion.flags import make_parser
 from improved_diffusion.script_util import (
@@ -23,25 +20,9 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def marked_blocks():
-    """(language, code) of each block that follows a line <!-- run -->."""
-    return re.findall(r"<!-- run -->\n```(\w+)\n(.*?)```", README, flags=re.DOTALL)
-
-
 @pytest.mark.slow
 def test_commands_run(tmp_path):
-    for folder in ("scripts", "datasets"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
-    env = environment()
-    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env["PATH"]])
-    blocks = marked_blocks()
-    assert [language for language, _ in blocks] == [*["sh"] * 9, "python"]
-    for language, code in blocks:
-        command = ["bash", "-euc", code] if language == "sh" else [sys.executable, "-c", code]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=600
-        )
-        assert done.returncode == 0, f"{code}\n{done.stdout}\n{done.stderr}"
+    run_blocks(README, tmp_path, [*["sh"] * 9, "python"])
     runs = tmp_path / "runs"
     for promised in (
         "few_steps/samples_20x8x8x1.npz",
@@ -65,8 +46,7 @@ def test_commands_run(tmp_path):
 
 
 def test_links_and_modules_exist():
-    for target in re.findall(r"\]\(([^)#]+)\)", README):
-        assert "://" in target or (ROOT / target).exists(), target
+    assert missing_links(README, ROOT) == []
     listed = set(re.findall(r"`(\w+)`", README.split("## Map")[1].split("## Published")[0]))
     modules = {
         path.stem
