@@ -295,7 +295,9 @@ def test_misfit_of_classifiers_names_the_flag():
 
 
 def test_networks_of_another_kind_are_told_apart():
-    message = refusal(unet(), classifier())
-    assert "is the checkpoint of a classifier" in message
-    assert "classifier_sample.py" in message
-    assert "is the checkpoint of a diffusion model" in refusal(classifier(), unet())
+    assert refusal(unet(), classifier()) == (
+        "checkpoint 'x.pt' is that of a classifier, not of a diffusion model"
+    )
+    assert refusal(classifier(), unet()) == (
+        "checkpoint 'x.pt' is that of a diffusion model, not of a classifier"
+    )
