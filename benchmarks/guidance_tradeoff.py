@@ -52,11 +52,14 @@ SCALES = {  # classifier-free: 0 is without the class, 1 without guidance; class
 }
 SAMPLING = SampleOptions(sampler="dpmpp_2m", steps=15)
 NEIGHBOURS = 3  # of the k-nearest-neighbour estimates of the manifolds
+FEWEST = 10 * (NEIGHBOURS + 1)  # samples: some of each digit
 SEED = 0
 
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
+    if args.samples < FEWEST:
+        raise UserError(f"--samples {args.samples}: must be at least {FEWEST}")
     torch.set_num_threads(1)
     asked = numbers("scales", args.scales, float)
     scales = dict.fromkeys(SCALES, asked) if asked else SCALES
@@ -75,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
             "torch": torch.__version__,
             "python": platform.python_version(),
         },
+        "machine": {"processor": platform.machine(), "system": platform.system()},
     }
     os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
     with open(args.out, "w") as file:
@@ -106,7 +110,10 @@ def create_argparser() -> argparse.ArgumentParser:
 
 def classifier_free(path: str, scales: list[float], count: int) -> list[dict]:
     """Qualities of the samples of a model that guides itself, at each scale."""
-    model, diffusion = load(path, ModelAndDiffusionOptions, model_and_diffusion_defaults())
+    defaults = model_and_diffusion_defaults()
+    model, diffusion = load("model_path", path, ModelAndDiffusionOptions, defaults)
+    if model.null_class is None:
+        raise UserError(f"--model_path {path}: train it with --class_dropout")
     points = []
     for scale in scales:
         guided = guided_model(model, diffusion, GuidanceOptions(guidance_scale=scale))
@@ -118,9 +125,12 @@ def by_classifier(path: str, classifier_path: str, scales: list[float], count: i
     """Qualities of the samples of an unconditional model led by a classifier, at each scale."""
     if not classifier_path:
         raise UserError("--unconditional needs --classifier_path: a run of classifier_train.py")
-    model, diffusion = load(path, ModelAndDiffusionOptions, model_and_diffusion_defaults())
+    defaults = model_and_diffusion_defaults()
+    model, diffusion = load("unconditional", path, ModelAndDiffusionOptions, defaults)
+    if model.num_classes is not None:
+        raise UserError(f"--unconditional {path}: this model has classes")
     defaults = classifier_and_diffusion_defaults()
-    classifier, _ = load(classifier_path, ClassifierOptions, defaults)
+    classifier, _ = load("classifier_path", classifier_path, ClassifierOptions, defaults)
     points = []
     for scale in scales:
         cond_fn = classifier_gradient(classifier, scale)
@@ -129,11 +139,11 @@ def by_classifier(path: str, classifier_path: str, scales: list[float], count: i
     return points
 
 
-def load(path: str, options: type, defaults: dict) -> tuple:
+def load(flag: str, path: str, options: type, defaults: dict) -> tuple:
     """A network with the weights of a checkpoint of 8x8 digits, and its process."""
     stored = load_config(os.path.dirname(path))
     if stored.get("image_size") != 8 or stored.get("channels") != 1:
-        raise UserError(f"{path}: no checkpoint of 8x8 digits, with its flags")
+        raise UserError(f"--{flag} {path}: no checkpoint of 8x8 digits, with its flags")
     chosen = pick(options, {**defaults, **{k: v for k, v in stored.items() if k in defaults}})
     model = chosen.model()
     load_model(model, path)

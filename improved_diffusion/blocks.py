@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import UserError
+from .flags import ImageSize, height_width
 from .nn import (
     SiLU,
     avg_pool_nd,
@@ -299,22 +300,27 @@ class AttentionPool2d(nn.Module):
     """A map of features to one vector: the mean position attends to all (CLIP, arXiv 2103.00020,
     section 2.4).
 
-    :param positions: H W of the map.
+    :param spatial_size: the side of the map, or (H, W).
     :param channels: C of the map.
     :param num_head_channels: channels of each head.
-    :param out_channels: D of the vector.
+    :param out_channels: D of the vector; C if None.
     """
 
     def __init__(
-        self, positions: int, channels: int, num_head_channels: int, out_channels: int
+        self,
+        spatial_size: ImageSize,
+        channels: int,
+        num_head_channels: int,
+        out_channels: int | None = None,
     ) -> None:
         super().__init__()
+        positions = math.prod(height_width(spatial_size))
         self.num_heads = count_heads(channels, -1, num_head_channels)
         self.positional_embedding = nn.Parameter(
             torch.randn(channels, positions + 1) / channels**0.5
         )
         self.qkv_proj = conv_nd(1, channels, 3 * channels, 1)
-        self.c_proj = conv_nd(1, channels, out_channels, 1)
+        self.c_proj = conv_nd(1, channels, out_channels or channels, 1)
         self.attention = QKVAttention()
 
     def forward(self, x: Tensor) -> Tensor:

@@ -435,6 +435,23 @@ def load_config(folder: str) -> dict[str, Any]:
     return dist_util.on_first_rank(read)
 
 
+def refuse_folder(flag: str, path: str) -> None:
+    """Refuse a folder of checkpoints where one of its files must be named.
+
+    :param flag: that names the path.
+    :raises ValueError: on every process, with the newest file to name.
+    """
+    is_folder = dist_util.on_first_rank(lambda: "://" not in path and os.path.isdir(path))
+    if is_folder and not is_sharded(path.rstrip("/")):
+        names = sorted(os.listdir(path))
+        averages = [name for name in names if re.fullmatch(r"ema_.+_\d+\.pt", name)]
+        models = [name for name in names if is_model_name(name)]
+        known = (averages or models)[-1:] or ["ema_0.9999_010000.pt"]
+        raise UserError(
+            f"--{flag} {path} is a folder: name a file in it, such as {os.path.join(path, *known)}"
+        )
+
+
 def flags_of(path: str) -> tuple[str, dict[str, Any]]:
     """The flags of a checkpoint: those that its file itself holds, else those of its folder.
 

@@ -5,13 +5,16 @@ Guided diffusion: arXiv 2105.05233, section 4 and appendix H.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from .architecture import attention_factors, channel_mult
+from .errors import UserError
 from .flags import ImageSize, defaults, option, require, require_at_least
 from .flags import image_size as read_image_size
 from .loss_weights import NO_WEIGHT
+from .nn import NUM_GROUPS
 from .pixels import parse_value_range, value_range_flag
 from .process import DiffusionOptions
 from .respace import SpacedDiffusion
@@ -89,6 +92,7 @@ class ClassifierOptions(DiffusionOptions, ClassifierNetworkOptions):
             len(mult),
             "classifier_attention_resolutions",
         )
+        self._check_widths(mult, factors)
         return EncoderUNetModel(
             image_size=self.image_size,
             in_channels=self.channels,
@@ -103,6 +107,21 @@ class ClassifierOptions(DiffusionOptions, ClassifierNetworkOptions):
             resblock_updown=self.classifier_resblock_updown,
             pool=self.classifier_pool,
         )
+
+    def _check_widths(self, mult: Sequence[float], factors: Sequence[int]) -> None:
+        """Refuse levels that groups or heads do not divide, by the names of the flags here."""
+        flag, head = "--classifier_num_head_channels", self.classifier_num_head_channels
+        for level, width in enumerate(int(m * self.classifier_width) for m in mult):
+            where = f"a level of {width} channels (--classifier_width {self.classifier_width})"
+            if width < 1 or width % NUM_GROUPS:
+                raise UserError(
+                    f"{where} is no multiple of the {NUM_GROUPS} groups of the normalisation: give "
+                    f"a --classifier_width whose levels are"
+                )
+            attends = 2**level in factors or level == len(mult) - 1  # the middle does
+            if attends and width % head:
+                fits = max(n for n in range(1, min(head, width) + 1) if width % n == 0)
+                raise UserError(f"{flag} {head} does not divide {where}: give {flag} {fits}")
 
 
 def diffusion_defaults() -> dict[str, Any]:

@@ -34,13 +34,16 @@ class GaussianSampling(GaussianProcess):
     ) -> Tensor:
         """The mean of p(x_{t-1} | x_t), moved along a gradient: arXiv 2105.05233 Algorithm 1.
 
+        Where no signal is left x_t tells no class: the mean stays.
+
         :param cond_fn: (x_t, t, **model_kwargs) -> [N, C, ...], the gradient of log p(y | x_t) with
             respect to x_t; t as the model sees it.
         :param p_mean_var: from :meth:`p_mean_variance` for the same ``x`` and ``t``.
         :return: [N, C, ...].
         """
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient.float()
+        gradient = torch.where(self._without_signal(t, x), 0, gradient.float())
+        return p_mean_var["mean"].float() + p_mean_var["variance"] * gradient
 
     def condition_score(
         self,
@@ -63,10 +66,13 @@ class GaussianSampling(GaussianProcess):
         old = p_mean_var["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, old) - sigma * gradient
         guided = self._predict_xstart_from_eps(x, t, eps)
-        recip = _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x.shape)
-        guided = torch.where(recip.isinf(), old, guided)
+        guided = torch.where(self._without_signal(t, x), old, guided)
         mean, _, _ = self.q_posterior_mean_variance(x_start=guided, x_t=x, t=t)
         return {**p_mean_var, "pred_xstart": guided, "mean": mean}
+
+    def _without_signal(self, t: Tensor, x: Tensor) -> Tensor:
+        """Where alpha_bar is 0, bool of the shape of x."""
+        return _extract_into_tensor(self.alphas_cumprod, t, x.shape) == 0
 
     # -- sampling -----------------------------------------------------------------------------
 

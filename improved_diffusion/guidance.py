@@ -42,7 +42,7 @@ class GuidanceOptions:
         "trained with --class_dropout, or --guide_path",
     )
     guidance_interval: str = option(
-        "", "LOW,HIGH: guide at these noise levels sigma alone; '': at all"
+        "", "LOW,HIGH: guide at these noise levels sigma alone; '': at all levels"
     )
     guidance_rescale: float = option(
         0.0, "0 ... 1: how much of the contrast that guidance adds to take away again"
@@ -99,6 +99,8 @@ def guided_model(
         "rescale": options.guidance_rescale,
     }
     if weak is not None:
+        if getattr(weak, "num_classes", None) is None and getattr(model, "num_classes", None):
+            weak = Unlabelled(weak)  # without the class, as by a null class of its own
         return Autoguidance(model, weak, diffusion, scale, **how)
     if options.guide_path:
         raise ValueError(f"the model of guide_path {options.guide_path} must be given as weak")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 from . import checkpoint, runs
 from .classifier_options import NUM_CLASSES, ClassifierOptions
 from .errors import UserError
-from .flags import defaults, option, pick, require_at_least
+from .flags import defaults, option, pick, require
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import OFF, CondFn, GuidanceOptions, classifier_gradient, parse_interval
 from .predictions import named_prediction
@@ -42,7 +43,8 @@ class ClassifierGuidanceOptions:
     )
 
     def __post_init__(self) -> None:
-        require_at_least(0, self, ["classifier_scale"])
+        scale = self.classifier_scale
+        require(0 <= scale < math.inf, "classifier_scale", scale, "a number of at least 0")
         if not self.classifier_path:
             raise UserError(
                 "--classifier_path is missing: name a checkpoint of classifier_train.py"
@@ -61,11 +63,13 @@ def load_weak(flags: runs.Flags, diffusion: GaussianDiffusion) -> UNetModel:
         for another process; if the checkpoint does not fit its flags.
     """
     path = flags["guide_path"]
+    checkpoint.refuse_folder("guide_path", path)
     kind: type = SuperResOptions if "large_size" in flags else ModelAndDiffusionOptions
     theirs = _flags_of_weak(path, flags, kind)
     options = pick(kind, theirs)
-    names = [*SAME_IMAGES, "predict", "class_cond"]
-    names += ["num_classes"] if flags["class_cond"] and theirs["class_cond"] else []
+    names = [*SAME_IMAGES, "predict"]
+    if theirs["class_cond"]:  # else it is led away from as from no class
+        names += ["class_cond", *(["num_classes"] if flags["class_cond"] else [])]
     _check_same("guide_path", flags, theirs, names, diffusion, options.diffusion())
     model: UNetModel = options.model()
     runs.load_for_evaluation(model, path).requires_grad_(False)
@@ -137,6 +141,7 @@ def load_classifier(
         other noise levels or for other classes; if the checkpoint does not fit its flags.
     """
     path = flags["classifier_path"]
+    checkpoint.refuse_folder("classifier_path", path)
     theirs, class_names = _flags_of_classifier(asked, given, flags)
     options = ClassifierOptions(**theirs)
     model = options.model()

@@ -227,7 +227,7 @@ def _check_null_class(flags: Flags, given: set[str], stored: Flags, folder: str)
     if "class_dropout" in given and (ours > 0) != (theirs > 0):
         raise UserError(
             f"--class_dropout {ours} contradicts the checkpoint, which was trained with "
-            f"--class_dropout {theirs} ({folder}/{checkpoint.CONFIG}): leave the flag out"
+            f"--class_dropout {theirs} ({checkpoint.place_of_flags(folder)}): leave the flag out"
         )
 
 
@@ -277,7 +277,7 @@ def _some(names: set[str]) -> str:
 # -- a classifier for a diffusion model -------------------------------------------------------
 
 # What a classifier must have in common with the diffusion model that it guides
-_OF_THE_PROCESS = (
+SETTLED_BY_DIFFUSION = (
     "image_size",
     "channels",
     "value_range",
@@ -301,7 +301,7 @@ def classifier_for(flags: Flags, given: set[str]) -> Flags:
         its flags; naming both values, if a given flag contradicts them.
     """
     where, stored = _flags_of_diffusion(flags["classifier_for"])
-    names = _OF_THE_PROCESS + (_OF_THE_CLASSES if stored.get("class_cond") else ())
+    names = SETTLED_BY_DIFFUSION + (_OF_THE_CLASSES if stored.get("class_cond") else ())
     merged = _merge(flags, given, stored, names, where)
     known, theirs = flags.get("class_names") or [], stored.get("class_names") or []
     if known and stored.get("class_cond") and known != theirs:
@@ -344,6 +344,7 @@ def prepare_from_checkpoint(flags: Flags, given: set[str]) -> Flags:
     if not flags["model_path"]:
         raise UserError("--model_path is missing: name a checkpoint, such as runs/x/ema_....pt")
     folder = set_up(flags)
+    checkpoint.refuse_folder("model_path", flags["model_path"])
     where, stored = checkpoint.flags_of(flags["model_path"])
     refuse_classifier(flags["model_path"], stored)
     flags = inherit(flags, given, where, stored)

@@ -59,7 +59,8 @@ def parse_classes(text: str, num_classes: int | None, class_names: Sequence[str]
         if part in class_names:  # a name wins over a number: classes may be named by numbers
             index = list(class_names).index(part)
         if not 0 <= index < num_classes:
-            names = f" or {', '.join(class_names[:5])}, ..." if class_names else ""
+            more = ", ..." if len(class_names) > 5 else ""
+            names = f" or {', '.join(class_names[:5])}{more}" if class_names else ""
             raise UserError(
                 f"--classes {part or text}: choose among 0 ... {num_classes - 1}{names}"
             )

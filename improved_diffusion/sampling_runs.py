@@ -64,12 +64,13 @@ class SamplingJob:
             self.num_classes = classifier.num_classes
         sampling.check_sampler(model, diffusion, self.options, flags["timestep_respacing"])
         check_png(self.options.save_png, flags["channels"], self.value_range)
+        self._all_finite = True
         self.classes = parse_classes(self.options.classes, self.num_classes, self.class_names)
+        runs.load_for_evaluation(model, self.options.model_path)  # tells first what does not fit
         self.weak = load_weak(flags, diffusion) if self.guidance.guide_path else None
         self.guided = guided_model(model, diffusion, self.guidance, self.weak)
         if classifier is not None and model.num_classes is None:
             self.guided = Unlabelled(self.guided)
-        runs.load_for_evaluation(model, self.options.model_path)
 
     def start(self, **contents: Iterable[Tensor]) -> None:
         """Open the run folder and say what will be done in it.
@@ -119,7 +120,9 @@ class SamplingJob:
 
         def make(indices: list[int]) -> tuple[Tensor, Tensor | None]:
             given = conditions(indices)
-            return to_values(self._draw(indices, given), self.value_range), given.get("y")
+            images = self._draw(indices, given)
+            self._check_finite(images)
+            return to_values(images, self.value_range), given.get("y")
 
         result = collect_samples(make, num_samples, self.options.batch_size, parts=self.parts)
         if result is not None:
@@ -133,6 +136,15 @@ class SamplingJob:
             )
             self.parts.remove()
             logger.log(f"sampling complete: {path}")
+
+    def _check_finite(self, images: Tensor) -> None:
+        """Warn once of images that are not finite; they come out black."""
+        if self._all_finite and not images.isfinite().all():
+            self._all_finite = False
+            logger.warn(
+                "WARNING: samples are not finite: lower the scale of guidance, or leave "
+                "--use_fp16 out"
+            )
 
     def _draw(self, indices: list[int], given: dict[str, Tensor]) -> Tensor:
         """The samples of the indices, float32 [N, C, H, W]."""

@@ -24,6 +24,7 @@ from .previews import Previews
 from .resample import create_named_schedule_sampler
 from .rng import seed_everything
 from .runs import (
+    SETTLED_BY_DIFFUSION,
     Flags,
     announce,
     classifier_for,
@@ -32,6 +33,7 @@ from .runs import (
     set_up,
     store_flags,
 )
+from .same_job import as_stored, differences
 from .saving import SavingOptions
 from .script_util import ModelAndDiffusionOptions, SuperResOptions
 from .stopping import Bounds
@@ -170,7 +172,26 @@ def _for_diffusion_model(flags: Flags, given: set[str]) -> Flags:
         )
     if not path or path == stored.get("classifier_for"):
         return flags
-    return classifier_for(flags, given | stored.keys())
+    merged = classifier_for(flags, given)
+    if stored:
+        _check_same_model(path, stored, merged)
+    return merged
+
+
+def _check_same_model(path: str, stored: Flags, flags: Flags) -> None:
+    """Refuse to go on with a classifier for a diffusion model that it was not trained for.
+
+    :param stored: of the classifier's run.
+    :param flags: with those of the diffusion model.
+    """
+    known = as_stored({name: value for name, value in flags.items() if name in stored})
+    names = [name for name in SETTLED_BY_DIFFUSION if name in known]
+    theirs, ours = differences(*({n: side[n] for n in names} for side in (stored, known)))
+    if theirs:
+        raise UserError(
+            f"--classifier_for {path} has {ours}, but the classifier in this folder was trained "
+            f"for {theirs}: name another --log_dir, to begin anew"
+        )
 
 
 def _absolute(path: str) -> str:
@@ -276,15 +297,27 @@ def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
             f"fully sharded: each process holds 1/{share} of weights, gradients, averages and "
             f"optimiser{copies}"
         )
-    if data.validation and (loop.total_steps or math.inf) <= flags["val_interval"]:
-        logger.warn(
-            f"--val_interval {flags['val_interval']}: the run ends before validation images are "
-            "measured"
-        )
+    if data.validation:
+        _warn_of_validation(loop, flags["val_interval"])
     if flags["diffusion_steps"] > MANY_DIFFUSION_STEPS:
         logger.warn(
             f"--diffusion_steps {flags['diffusion_steps']} is the number of noising steps; the "
             "length of training is --train_steps or --lr_anneal_steps"
+        )
+
+
+def _warn_of_validation(loop: TrainLoop, interval: int) -> None:
+    """Say if what is measured on validation images will not all be in the log."""
+    rows, total = loop.log_interval, loop.total_steps or math.inf
+    last_row = (total - 1) // rows * rows
+    if total <= interval:
+        logger.warn(
+            f"--val_interval {interval}: the run ends before validation images are measured"
+        )
+    elif interval % rows or interval > last_row:
+        logger.warn(
+            f"--val_interval {interval} is no multiple of --log_interval {rows}: a row of the log "
+            "holds the last measurement before it, and those after the last row are lost"
         )
 
 

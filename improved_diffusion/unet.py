@@ -403,6 +403,8 @@ class EncoderUNetModel(_Trunk):
     :param out_channels: K, the number of classes.
     :param num_res_blocks: residual blocks per level.
     :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which to attend.
+    :param dropout: probability of dropping a feature.
+    :param channel_mult: width of each level, in multiples of ``model_channels``.
     :param pool: how the features become K numbers: "adaptive" (their mean), "attention"
         (:class:`AttentionPool2d`), "spatial" or "spatial_v2" (the means of every block's features
         through two layers, of which v2 normalises between).
@@ -418,12 +420,20 @@ class EncoderUNetModel(_Trunk):
         out_channels: int,
         num_res_blocks: int,
         attention_resolutions: Iterable[int],
+        dropout: float = 0,
+        channel_mult: Sequence[float] = (1, 2, 4, 8),
         *,
         pool: str = "adaptive",
         **trunk: Any,
     ) -> None:
         super().__init__(
-            in_channels, model_channels, num_res_blocks, attention_resolutions, **trunk
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout=dropout,
+            channel_mult=channel_mult,
+            **trunk,
         )
         if pool not in POOLS:
             raise UserError(f"pool '{pool}': choose one of {', '.join(POOLS)}")
@@ -446,9 +456,9 @@ class EncoderUNetModel(_Trunk):
             ]
         if self.pool == "attention":
             factor = 2 ** (len(self._widths) - 1)
-            height, width_of_map = (side // factor for side in height_width(self.image_size))
+            rows, columns = (side // factor for side in height_width(self.image_size))
             head = width if self.num_head_channels == -1 else self.num_head_channels
-            pool = AttentionPool2d(height * width_of_map, width, head, self.out_channels)
+            pool = AttentionPool2d((rows, columns), width, head, self.out_channels)
             return [normalization(width), SiLU(), pool]
         features = sum(self._skip_channels) + width
         last = linear(SPATIAL_WIDTH, self.out_channels)

@@ -45,12 +45,12 @@ def make_editor(options: EditOptions, guidance: GuidanceOptions, flags: runs.Fla
     respacing = flags["timestep_respacing"]
     sampling = options.sampling(respacing, flags["diffusion_steps"])
     check_sampler(model, diffusion, sampling, respacing)
+    runs.load_for_evaluation(model, options.model_path)  # tells first what does not fit
     weak = load_weak(flags, diffusion) if guidance.guide_path else None
     guided = guided_model(model, diffusion, guidance, weak)
     # a picture may go without a class if all networks know such
     null_class = model.null_class if weak is None or weak.null_class is not None else None
     given = load_given(options, flags, model.num_classes, null_class)
-    runs.load_for_evaluation(model, options.model_path)
     if options.use_fp16:
         model.convert_to_fp16()
         if weak is not None:

@@ -284,8 +284,9 @@ def test_run_does_not_go_on_for_another_diffusion_model(refused, train, diffusio
     shutil.copytree(diffusion_run, other)
     rewrite(other, diffusion_steps=50)
     message = refused(NETWORK, classifier_for=other, log_dir="run")
-    for word in ("--diffusion_steps 30", "--diffusion_steps 50", str(other)):
+    for word in ("--diffusion_steps 30", "--diffusion_steps 50", str(other), "--log_dir"):
         assert word in message
+    assert "leave the flag" not in message  # none was given
 
 
 def test_data_without_classes_are_refused(refused, tmp_path, digits_dir):
@@ -312,7 +313,11 @@ def test_data_without_classes_are_refused(refused, tmp_path, digits_dir):
         ({"sample_interval": 1}, ["--sample_interval 1"]),
         ({"class_dropout": 0.1}, ["--class_dropout"]),
         ({"num_classes": 4}, ["10 classes", "--num_classes 4"]),
-        ({"classifier_width": 40}, ["40", "32"]),
+        ({"classifier_width": 40}, ["a level of 40 channels (--classifier_width 40)", "32"]),
+        (
+            {"classifier_width": 32, "classifier_attention_resolutions": 8},
+            ["--classifier_num_head_channels 64", "32 channels", "num_head_channels 32"],
+        ),
     ],
 )
 def test_mistakes_end_in_one_line_and_leave_nothing(refused, flags, words):

@@ -347,7 +347,9 @@ def test_without_signal_there_is_nothing_to_guide_by(predict):
     out = diffusion.p_mean_variance(model, x, t, clip_denoised=False)
     guided = diffusion.condition_score(gradient, out, x, t)
     wrapped = ClassifierGuidance(model, diffusion, gradient)(x, t)
-    for found, plain in ((guided["pred_xstart"], out["pred_xstart"]), (wrapped, model(x, t))):
+    mean = diffusion.condition_mean(gradient, out, x, t)
+    pairs = [(guided["pred_xstart"], out["pred_xstart"]), (wrapped, model(x, t))]
+    for found, plain in (*pairs, (mean, out["mean"])):
         assert torch.equal(found[0], plain[0])
         assert found[1].isfinite().all()
         assert not torch.allclose(found[1], plain[1], atol=1e-3)

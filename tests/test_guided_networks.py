@@ -233,7 +233,7 @@ def test_classifier_computes_in_half_precision_and_back():
 
 
 def test_attention_pool_attends_from_the_mean_position():
-    pool = AttentionPool2d(4, 32, 16, 7)
+    pool = AttentionPool2d(2, 32, 16, 7)
     with torch.no_grad():
         pool.qkv_proj.weight.zero_()
         pool.qkv_proj.weight[64:] = torch.eye(32)[..., None]  # values as they are; equal shares

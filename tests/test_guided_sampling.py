@@ -423,7 +423,9 @@ def refused(workplace, run_script, tmp_path):
         ({"guidance_interval": "3,1"}, ["--guidance_interval 3,1"]),
         ({"classes": "10"}, ["--classes 10", "0 ... 9"]),  # the null class is none to ask for
         ({"guide_path": "gone.pt"}, ["gone.pt", "does not exist"]),
-        ({"guide_path": PLAIN}, ["--class_cond False", "--class_cond True"]),
+        ({"model_path": PLAIN, "classes": "", "guide_path": WEAK}, ["--class_cond True"]),
+        ({"guide_path": "free"}, ["--guide_path free is a folder", FREE]),
+        ({"model_path": "free"}, ["--model_path free is a folder", FREE]),
         ({"guide_path": LED_BY}, [LED_BY, "classifier"]),
         ({"guide_path": UPSAMPLER}, [f"--guide_path {UPSAMPLER}", "super-resolution"]),
         ({"model_path": LED_BY, "classes": ""}, [LED_BY, "classifier", "classifier_sample.py"]),
@@ -465,7 +467,6 @@ def flags_of(workplace, path, *others, **flags):
         ({"predict": "v"}, ["--predict v", "--predict eps"]),
         ({"predict_xstart": True}, ["--predict xstart", "--predict eps"]),
         ({"predict": "flow", "noise_schedule": "linear"}, ["--noise_schedule linear_path"]),
-        ({"class_cond": False, "class_dropout": 0}, ["--class_cond False", "--class_cond True"]),
     ],
 )
 def test_a_weak_model_of_other_images_or_another_process(workplace, tmp_path, changes, words):
@@ -488,6 +489,29 @@ def test_a_weak_model_may_differ_in_its_network_and_its_variance(workplace):
     assert not any(param.requires_grad for param in weak.parameters())
     respaced = {**flags, "timestep_respacing": "5"}
     load_weak(respaced, pick(ModelAndDiffusionOptions, respaced).diffusion())
+
+
+def test_a_weak_model_without_classes_stands_for_the_null_class(sample):
+    free, _ = sample("plain", FREE_JOB, guidance_scale=1)
+    led, labels = sample("led", FREE_JOB, guide_path=PLAIN)
+    assert labels.tolist() == [0, 1, 2, 3, 4]
+    assert np.abs(led.astype(int) - free).max() > 2
+
+
+def test_a_checkpoint_without_its_flags_tells_that_it_knows_a_null_class(
+    workplace, refused, tmp_path
+):
+    (tmp_path / "bare").mkdir()
+    path = shutil.copy(workplace / FREE, tmp_path / "bare")
+    line = refused(
+        {**TINY, **JOB},
+        model_path=path,
+        learn_sigma=True,
+        class_cond=True,
+        num_classes=10,
+        guidance_scale=3,
+    )
+    assert "--num_classes (one more with --class_dropout) 10 here, 11 in the" in line
 
 
 def test_rescaling_of_a_thousand_timesteps_changes_nothing(workplace, tmp_path):
