@@ -420,10 +420,16 @@ def test_checkpoint_that_is_not_given(refused, script):
     assert_names(refused(script, flags, log_dir="out"), "--model_path is missing")
 
 
-@pytest.mark.parametrize("path", ["run/model000009.pt", "gone.pt", "no/folder/x.pt", "run", "run/"])
+@pytest.mark.parametrize("path", ["run/model000009.pt", "gone.pt", "no/folder/x.pt"])
 def test_checkpoint_that_does_not_exist(sample, evaluate, path):
     for line in (sample(model_path=path), evaluate(model_path=path)):
         assert_names(line, f"'{path}'", "does not exist")
+
+
+@pytest.mark.parametrize("path", ["run", "run/"])
+def test_folder_in_place_of_a_checkpoint(sample, evaluate, path):
+    for line in (sample(model_path=path), evaluate(model_path=path)):
+        assert_names(line, f"--model_path {path} is a folder", "run/ema_0.9_000008.pt")
 
 
 @pytest.mark.parametrize("name", ["code", "object", "old"])
