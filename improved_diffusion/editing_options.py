@@ -47,7 +47,7 @@ class EditOptions:
     mask: str = option(
         "",
         "inpaint: a picture as large as --image, or a folder with one of each name: white (128 of "
-        "255 or more) is made anew, black is kept",
+        "255 or more) is made anew, black is kept, whether transparent or not",
     )
     num_samples: int = option(1, "inpaint, image_to_image: variants of each picture")
     strength: float = option(

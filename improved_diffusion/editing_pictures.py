@@ -21,11 +21,6 @@ from .pixels import PIL_MODES, ValueRange, decode_image, decode_values, normaliz
 log = logging.getLogger(__name__)
 
 WHITE = 128  # the least level of a mask that is made anew
-HOLE = (
-    214,
-    96,
-    77,
-)  # how the grid shows what a mask hides; no grey, so that it is not taken for one
 
 
 @dataclass(frozen=True)
@@ -206,13 +201,13 @@ def _read_mask(path: str, pictures: Pictures, index: int) -> np.ndarray:
     wanted = pictures.sizes[index]
     if found != wanted:
         raise UserError(
-            f"--mask '{path}' is {size_text(found)}, but '{pictures.paths[index]}' is "
-            f"{size_text(wanted)}: make them of one size"
+            f"--mask '{path}' is {found[0]}x{found[1]}, but '{pictures.paths[index]}' is "
+            f"{wanted[0]}x{wanted[1]}: make them of one size"
         )
     mask = levels[..., 0] >= WHITE
     if not mask.any():
         raise UserError(
             f"--mask '{path}' hides nothing: its largest level is {levels.max()} of 255, and white "
-            f"({WHITE} or more) is what is made anew"
+            f"({WHITE} or more, transparent or not) is what is made anew"
         )
     return mask

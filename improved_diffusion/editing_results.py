@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import json
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
 
-from . import logger
+from . import dist_util, logger
 from .editing import psnr
 from .editing_options import EditOptions
 from .editing_pictures import Pictures
@@ -16,24 +20,47 @@ from .editing_tasks import Given
 from .errors import UserError
 from .files import write_file
 from .pixels import PIL_MODES, ValueRange
+from .same_job import as_stored, differences
 from .sample_util import GRID_SAMPLES, grid, png
 
+FLAGS = "image_edit.json"
 FOLDER = "edited"  # of the pictures, in the run folder
 HOLE = (214, 96, 77)  # how the grid shows what a mask hides: no grey, which might be a picture's
 
 
-def check_folder(log_dir: str, given: Given) -> None:
-    """Refuse to write where the given pictures lie.
+def check_folder(log_dir: str, given: Given, flags: Mapping[str, Any]) -> None:
+    """Refuse to write where the given pictures lie, or the results of another edit.
 
     :param log_dir: the run folder.
-    :raises ValueError: naming the first picture that lies among the results.
+    :param flags: of the script; the same ones may be run again.
+    :raises ValueError: on every process, naming the first picture that lies among the results, or
+        the flags that differ.
     """
+    dist_util.on_first_rank(lambda: _check_results(log_dir, flags))
     folder = os.path.realpath(os.path.join(log_dir, FOLDER))
     for path in [*given.pictures.paths, *(given.others.paths if given.others else [])]:
         if "://" not in path and os.path.realpath(path).startswith(folder + os.sep):
             raise UserError(
                 f"'{path}' lies where results are written, {folder}: give another --log_dir"
             )
+
+
+def _check_results(log_dir: str, flags: Mapping[str, Any]) -> None:
+    """Refuse a folder of results that were made with other flags."""
+    folder = os.path.join(log_dir, FOLDER)
+    if not (os.path.isdir(folder) and os.listdir(folder)):
+        return
+    stored: dict[str, Any] = {}
+    with contextlib.suppress(OSError, ValueError), open(os.path.join(log_dir, FLAGS)) as file:
+        stored = json.load(file)
+    names = [name for name in as_stored(flags) if name not in ("log_dir", "batch_size")]
+    sides = [{n: side.get(n) for n in names} for side in (stored, as_stored(flags))]
+    theirs, ours = differences(*sides)
+    if theirs:
+        raise UserError(
+            f"{folder} holds pictures made with {theirs}, not {ours}: name another --log_dir, or "
+            f"delete {folder}"
+        )
 
 
 def write_results(log_dir: str, options: EditOptions, given: Given, samples: np.ndarray) -> None:

@@ -20,7 +20,8 @@ from .editing_pictures import Pictures, load_masks, load_pictures
 from .errors import UserError
 from .flags import require
 from .gaussian_diffusion import GaussianDiffusion, Model
-from .image_datasets import label
+from .guidance import OFF, GuidanceOptions
+from .image_datasets import label as read_labels
 from .pixels import parse_value_range
 from .rng import randn, sample_generators
 from .sample_util import parse_classes
@@ -108,31 +109,51 @@ def _labels_of_ends(
                 "--image and one for --image2"
             )
         asked = classes[:1], classes[-1:]
-    first, second = (
-        [own[i % len(own)] for i in range(len(end.paths))]
-        if own
-        else _classes_by_names(end.paths, options.labels_from, class_names, null_class)
-        for end, own in zip((pictures, others or pictures), asked, strict=True)
-    )
-    return torch.tensor(first), torch.tensor(second)
+    ends = (pictures,) if others is None else (pictures, others)
+    labels = [
+        torch.tensor(
+            [own[i % len(own)] for i in range(len(end.paths))]
+            if own
+            else _classes_by_names(end.paths, options.labels_from, class_names, null_class)
+        )
+        for end, own in zip(ends, asked, strict=False)
+    ]
+    return labels[0], labels[-1]
 
 
 def _classes_by_names(
     paths: Sequence[str], labels_from: str, class_names: Sequence[str], null_class: int | None
 ) -> list[int]:
     """The class that each picture's name tells; where it tells none, the null class if there is."""
-    indices, found = label(paths, labels_from)
+    indices, found = read_labels(paths, labels_from)
     names = [found[index] for index in indices]
     unknown = [path for path, name in zip(paths, names, strict=True) if name not in class_names]
     if unknown and null_class is None:
         raise UserError(
-            f"'{unknown[0]}': its name tells no class of this class-conditional model: give it by "
-            "--classes"
+            f"'{unknown[0]}': its name tells no class of this class-conditional model, read from "
+            f"the {labels_from} (--labels_from): give it by --classes"
         )
     if unknown:
-        log.info(f"{len(unknown)} of {len(paths)} pictures by no class: their names tell none")
+        log.info(f"{len(unknown)} of {len(paths)} pictures have no class: their names tell none")
     known = {name: index for index, name in enumerate(class_names)}
     return [known[name] if name in known else int(null_class or 0) for name in names]
+
+
+def check_guidance(given: Given, null_class: int | None, guidance: GuidanceOptions) -> None:
+    """Refuse classifier-free guidance of a picture without a class, which would do nothing.
+
+    :raises ValueError: naming the first of them.
+    """
+    if guidance.guidance_scale == OFF or guidance.guide_path or given.labels is None:
+        return
+    ends = zip((given.pictures, given.others or given.pictures), given.labels, strict=True)
+    for pictures, labels in ends:
+        for path, label in zip(pictures.paths, labels.tolist(), strict=True):
+            if label == null_class:
+                raise UserError(
+                    f"--guidance_scale {guidance.guidance_scale:g} has no class to follow at "
+                    f"'{path}', whose name tells none: give it by --classes"
+                )
 
 
 class Editor:
@@ -193,7 +214,8 @@ class Editor:
             text += f", {down} with those gone again after jumps"
         if options.task == "image_to_image":
             below = len(editing.levels_from(self.sigmas, self.sigma_start)) - 1
-            text += f", {below} of them from t = {self.t} on (sigma {self.sigma_start:.3g})"
+            some = "" if self.sampling.chosen == "ode" else f"{below} of them "
+            text += f", {some}from t = {self.t} on (sigma {self.sigma_start:.3g})"
         return text
 
     def make(self, rows: list[int]) -> tuple[Tensor, None]:

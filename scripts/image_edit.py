@@ -5,7 +5,12 @@ from improved_diffusion.checkpoint import describe_weights
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.editing_options import EditOptions, check_own_flags
 from improved_diffusion.editing_results import check_folder, write_results
-from improved_diffusion.editing_tasks import Editor, load_given, refuse_others
+from improved_diffusion.editing_tasks import (
+    Editor,
+    check_guidance,
+    load_given,
+    refuse_others,
+)
 from improved_diffusion.flags import ArgumentParser, make_parser, pick
 from improved_diffusion.guidance import GuidanceOptions, guided_model
 from improved_diffusion.guides import describe_guidance, load_weak
@@ -24,9 +29,10 @@ def main() -> None:
     options, guidance = pick(EditOptions, flags), pick(GuidanceOptions, flags)
     check_own_flags(options, given)
     flags = runs.prepare_from_checkpoint(flags, given)
+    options = pick(EditOptions, flags)  # with the checkpoint's --labels_from
     refuse_others(options.model_path)
     editor = make_editor(options, guidance, flags)
-    check_folder(flags["log_dir"], editor.given)
+    check_folder(flags["log_dir"], editor.given, flags)
     runs.open_folder(flags["log_dir"], flags)
     logger.log(f"{options.model_path}: {describe_weights(options.model_path)}")
     logger.log(editor.describe())
@@ -51,6 +57,7 @@ def make_editor(options: EditOptions, guidance: GuidanceOptions, flags: runs.Fla
     # a picture may go without a class if all networks know such
     null_class = model.null_class if weak is None or weak.null_class is not None else None
     given = load_given(options, flags, model.num_classes, null_class)
+    check_guidance(given, null_class, guidance)
     if options.use_fp16:
         model.convert_to_fp16()
         if weak is not None:

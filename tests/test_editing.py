@@ -359,3 +359,13 @@ def test_interpolation_between_classes_has_the_denoisers_of_both():
     torch.testing.assert_close(way[0], first, atol=0.02, rtol=0)
     torch.testing.assert_close(way[2], second, atol=0.02, rtol=0)
     assert way[1].abs().max() < 0.3  # the mean of both is a Gaussian round 0
+
+
+def test_the_nearer_class_counts_more():
+    """D is constant here, so that the image is D at the last step."""
+    first, second = 0.1 * torch.randn(2, 2, 1, 2, 2)
+    sigmas = noise_levels(COSINE, 4, "log_snr")
+    low, high = (lambda x, sigma, v=value: torch.full_like(x, v) for value in (-0.8, 0.4))
+    way = interpolate(low, first, second, sigmas, 5, denoise_second=high)
+    expected = torch.tensor([-0.8, -0.5, -0.2, 0.1, 0.4])
+    torch.testing.assert_close(way[:, 0, 0, 0, 0], expected, atol=1e-5, rtol=0)

@@ -10,6 +10,8 @@ from launchers import start
 from PIL import Image
 from script_runner import TINY, error_of, names, run_folder, script_path, succeed, tree
 
+from improved_diffusion.editing_pictures import load_masks, load_pictures
+
 SIX = ["0_0000.png", "1_0001.png", "2_0002.png", "3_0003.png", "4_0004.png", "5_0005.png"]
 FAST = {"steps": 6, "jump_samples": 2}
 
@@ -229,7 +231,7 @@ def test_values_of_16_bits_stay_exact(deep_model, run_script):
     done = succeed(
         run_script("image_edit", flags, FAST, image="photo.png", log_dir="out", cwd=deep_model)
     )
-    assert "1 of 1 pictures by no class: their names tell none" in done.stdout
+    assert "1 of 1 pictures have no class: their names tell none" in done.stdout
     with Image.open(deep_model / "out" / "edited" / "photo.png") as made:
         assert made.mode == "I;16"
         values = np.array(made)
@@ -238,14 +240,23 @@ def test_values_of_16_bits_stay_exact(deep_model, run_script):
     assert (values[:, 4:] != picture[:, 4:]).any()
 
 
+def test_guidance_needs_a_class_to_follow(deep_model, run_script):
+    own = {"model_path": "run/ema_0.5_000002.pt", "image": "photo.png", "task": "image_to_image"}
+    own |= {"steps": 3, "guidance_scale": 3}
+    line = error_of(run_script("image_edit", own, log_dir="no", cwd=deep_model))
+    for word in ("--guidance_scale 3", "photo.png", "--classes"):
+        assert word in line
+    succeed(run_script("image_edit", own, classes="1", log_dir="led", cwd=deep_model))
+
+
 def test_array_of_floats_comes_out_as_one(deep_model, run_script):
     array = (pixels(deep_model / "photo.png") * 0.731 + 0.0123)[..., None].astype(np.float32)
-    np.save(deep_model / "3_scan.npy", array)
+    np.save(deep_model / "1_scan.npy", array)
     flags = {"model_path": "run/ema_0.5_000002.pt", "task": "inpaint", "mask": "mask.png"}
-    flags |= {"guidance_scale": 2, "log_dir": "guided", "image": "3_scan.npy"}
+    flags |= {"guidance_scale": 2, "log_dir": "guided", "image": "1_scan.npy"}
     done = succeed(run_script("image_edit", flags, FAST, cwd=deep_model))
     assert "guidance classifier-free, scale 2" in done.stdout
-    made = np.load(deep_model / "guided" / "edited" / "3_scan.npy")
+    made = np.load(deep_model / "guided" / "edited" / "1_scan.npy")
     assert made.dtype == np.float32
     np.testing.assert_array_equal(made[:, :4], array[:, :4])
     assert (made[:, 4:] != array[:, 4:]).any()
@@ -266,6 +277,63 @@ def test_processes_share_the_work(workplace, trained):
     assert len(made[0]) == 12
     for name, picture in made[0].items():
         np.testing.assert_allclose(made[1][name], picture, atol=1)
+
+
+def test_results_of_two_edits_do_not_mix(edit, workplace, run_script, trained):
+    succeed(edit("image_to_image", steps=3, num_samples=2))
+    made = tree(workplace / "out" / "edited")
+    own = {"model_path": trained.path, "log_dir": "out", "task": "image_to_image"}
+    line = error_of(run_script("image_edit", own, image="three", steps=3, cwd=workplace))
+    for word in ("out/edited", "--num_samples 2", "not --num_samples 1", "--log_dir"):
+        assert word in line
+    assert tree(workplace / "out" / "edited") == made
+    own |= {"image": "three", "steps": 3, "num_samples": 2, "batch_size": 2}
+    succeed(run_script("image_edit", own, cwd=workplace))  # the same again
+    assert tree(workplace / "out" / "edited").keys() == made.keys()
+
+
+def test_classes_are_read_as_in_training(workplace, run_script, trained, tmp_path):
+    """From the names of folders, if the checkpoint was trained so."""
+    for name in ("3", "7"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        shutil.copy(workplace / "six" / SIX[0], tmp_path / "pictures" / name / "photo.png")
+    (tmp_path / "run").mkdir()
+    path = shutil.copy(trained.path, tmp_path / "run")
+    flags = json.loads((trained.folder / "config.json").read_text())
+    (tmp_path / "run" / "config.json").write_text(json.dumps({**flags, "labels_from": "folder"}))
+    own = {"model_path": path, "image": "pictures", "task": "reconstruct", "steps": 3}
+    succeed(run_script("image_edit", own, log_dir="by_folder", cwd=tmp_path))
+    succeed(run_script("image_edit", own, classes="3,7", log_dir="by_class", cwd=tmp_path))
+    found = [tree(tmp_path / name / "edited") for name in ("by_folder", "by_class")]
+    assert found[0] == found[1]
+    line = error_of(run_script("image_edit", own, labels_from="filename", cwd=tmp_path))
+    assert "photo.png'" in line
+    assert "the filename (--labels_from)" in line
+
+
+@pytest.mark.parametrize(
+    "other", [{"clip_denoised": False}, {"sigma_small": True}], ids=["clip", "variance"]
+)
+def test_flags_of_the_process_count(results, other):
+    first = results("inpaint", FAST, mask="mask.png")
+    second = results("inpaint", FAST, other, mask="mask.png")
+    assert any((first[name] != second[name]).any() for name in first)
+
+
+def test_white_begins_at_half(tmp_path, workplace):
+    pictures = load_pictures(str(workplace / "six" / SIX[0]), 8, 1)
+    levels = np.full((8, 8), 127, np.uint8)
+    levels[2, 3] = 128
+    Image.fromarray(levels).save(tmp_path / "mask.png")
+    mask = load_masks(str(tmp_path / "mask.png"), pictures)
+    assert np.argwhere(mask).tolist() == [[0, 2, 3]]
+
+
+def test_whole_values_are_rounded(workplace):
+    pictures = load_pictures(str(workplace / "six" / SIX[0]), 8, 1)
+    levels = np.array([0.4, 0.6, 100.4, 254.6])
+    stored = pictures.stored((levels / 127.5 - 1).reshape(1, 1, 1, 4))
+    assert stored.ravel().tolist() == [0, 1, 100, 255]
 
 
 # -- bad input
@@ -313,11 +381,12 @@ def wrong(workplace, trained):
         ({"task": "inpaint"}, ["--mask is missing"]),
         ({"task": "inpaint", "mask": "no.png"}, ["--mask 'no.png' does not exist"]),
         ({"task": "inpaint", "mask": "text.png"}, ["'text.png' cannot be read"]),
-        ({"task": "inpaint", "mask": "small.png"}, ["'small.png' is 4x8", "0_0000.png' is 8"]),
+        ({"task": "inpaint", "mask": "small.png"}, ["'small.png' is 4x8", "0_0000.png' is 8x8"]),
         ({"task": "inpaint", "mask": "black.png"}, ["'black.png' hides nothing", "level is 1 of"]),
         ({"task": "inpaint", "mask": "few"}, ["--mask 'few'", "'1_0001'"]),
         ({"task": "inpaint", "mask": "mask.png", "steps": 2}, ["--jump_length 2", "2 steps"]),
         ({"task": "inpaint", "mask": "mask.png", "sampler": "unipc"}, ["--sampler unipc", "heun"]),
+        ({"task": "inpaint", "mask": "mask.png", "sampler": "dpmpp_2m"}, ["--sampler dpmpp_2m"]),
         ({"mask": "mask.png"}, ["--mask is of --task inpaint", "image_to_image"]),
         ({"from_t": 30}, ["--from_t 30", "0 ... 29"]),
         ({"from_t": -2}, ["--from_t -2", "0 ... 29"]),
