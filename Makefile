@@ -1,5 +1,5 @@
 # make demo   train on handwritten digits, sample, look: three to four minutes on two cores
-# make test   all but the slow tests, about nine minutes;  make test-slow  those, with the demo
+# make test   all but the slow tests, about eleven minutes;  make test-slow  those, with the demo
 # make check  lint, format and types, as CI runs it
 
 PYTHON ?= python3

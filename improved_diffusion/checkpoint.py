@@ -30,6 +30,7 @@ from .safetensors_format import is_safetensors, read_flags
 log = logging.getLogger(__name__)
 
 CONFIG = "config.json"
+CONVERTED_FROM = "converted_from"  # flag of a conversion: the file that its weights came from
 YOUNG_EMA = 0.05  # share of the initial weights in an average from which on to warn
 SET_ASIDE = ".set_aside"  # ends the name of a manifest that counts no more
 
@@ -115,6 +116,9 @@ def describe_weights(path: str) -> str:
         return f"weights averaged after training, of relative width {posthoc.group(1)}"
     average = re.fullmatch(r"ema_([\d.e-]+)_(\d+)\.pt", name)
     if not average:
+        source = origin(path, flags_of(path)[1])
+        if source:
+            return f"converted from {source}"
         raw = name.startswith("model")
         return "weights as trained; ema_*.pt files usually sample better" if raw else "weights"
     rate, step = float(average.group(1)), int(average.group(2))
@@ -125,6 +129,15 @@ def describe_weights(path: str) -> str:
     if left > YOUNG_EMA:
         text += f"; WARNING: {left:.0%} of them is still the initial noise: try a lower EMA rate"
     return text
+
+
+def origin(path: str, flags: Mapping[str, Any]) -> str:
+    """The name of the file that a converted checkpoint was made of; '' for any other.
+
+    :param flags: those stored with it.
+    """
+    is_average = re.fullmatch(r"ema_.+_\d+\.pt", _basename(path))  # not of a conversion
+    return "" if is_average else str(flags.get(CONVERTED_FROM) or "")
 
 
 # -- finding ----------------------------------------------------------------------------------
@@ -442,7 +455,7 @@ def refuse_folder(flag: str, path: str) -> None:
     :raises ValueError: on every process, with the newest file to name.
     """
     is_folder = dist_util.on_first_rank(lambda: "://" not in path and os.path.isdir(path))
-    if is_folder and not is_sharded(path.rstrip("/")):
+    if is_folder and not (is_sharded(path.rstrip("/")) or find_shares(path)):  # told elsewhere
         names = sorted(os.listdir(path))
         averages = [name for name in names if re.fullmatch(r"ema_.+_\d+\.pt", name)]
         models = [name for name in names if is_model_name(name)]

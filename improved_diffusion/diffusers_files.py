@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -15,9 +18,18 @@ from torch import Tensor, nn
 from .diffusers_format import Config, Flags
 from .errors import UserError
 
+log = logging.getLogger(__name__)
+
 INDEX, CONFIG = "model_index.json", "config.json"
 FLAGS = "improved_diffusion.json"  # what diffusers cannot say, such as the names of classes
 PARTS = {"unet": "UNet2DModel", "scheduler": ""}  # of a pipeline -> its class; '': any
+PART_FILES = {"unet": CONFIG, "scheduler": "scheduler_config.json"}  # without which it is none
+WEIGHTS = "diffusion_pytorch_model"
+# whole, or the index of several files; a variant, such as fp16, has a name in it
+WEIGHT_FILES = (
+    rf"{WEIGHTS}(?:\.([^.-]+))?\.(?:safetensors|bin)",
+    rf"{WEIGHTS}\.(?:safetensors|bin)\.index(?:\.([^.]+))?\.json",
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +45,8 @@ class Pretrained:
     """What a folder of diffusers holds.
 
     ``unet`` is the network, a ``UNet2DModel`` in evaluation mode; ``scheduler`` is None for a
-    network alone. ``flags`` are ours, {} unless the folder holds some. ``config`` is the folder of
-    the network's ``config.json``.
+    network alone. ``flags`` are ours, {} unless the folder holds some, or that of the pipeline
+    around it. ``config`` is the folder of the network's ``config.json``.
     """
 
     unet: nn.Module
@@ -64,16 +76,24 @@ def read_folder(path: str) -> Pretrained:
         missing; without the package diffusers.
     """
     if _exists(path, INDEX):
-        _check_parts(_json(os.path.join(path, INDEX)))
+        _check_parts(_json(os.path.join(path, INDEX)), path)
     folder = os.path.join(path, "unet") if _exists(path, "unet", CONFIG) else path
     kind = _config(folder).get("_class_name")
     if kind != PARTS["unet"]:
         raise _foreign("network", kind)
     diffusers = _library()
-    file = os.path.join(path, "scheduler", "scheduler_config.json")
+    home = _home(path)
+    file = os.path.join(home, "scheduler", PART_FILES["scheduler"])
     scheduler = _scheduler(diffusers, _json(file)) if _exists(file) else None
-    flags = _json(os.path.join(path, FLAGS)) if _exists(path, FLAGS) else {}
+    flags = _json(os.path.join(home, FLAGS)) if _exists(home, FLAGS) else {}
     return Pretrained(_load_unet(diffusers, folder), scheduler, flags, folder)
+
+
+def _home(path: str) -> str:
+    """The pipeline of ours whose ``unet`` a path is, for the process; else the path."""
+    above, name = os.path.split(os.path.abspath(path))
+    inside = name == "unet" and _exists(above, FLAGS) and not _exists(path, FLAGS)
+    return above if inside else path
 
 
 def write_pipeline(
@@ -107,6 +127,18 @@ def _library() -> ModuleType:
     return diffusers
 
 
+@contextlib.contextmanager
+def _silent(diffusers: ModuleType) -> Iterator[None]:
+    """Without the library's messages, which tell as errors what is none, or is told here."""
+    logs = diffusers.utils.logging
+    before = logs.get_verbosity()
+    logs.set_verbosity(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logs.set_verbosity(before)
+
+
 def _exists(*parts: str) -> bool:
     return os.path.isfile(os.path.join(*parts))
 
@@ -126,8 +158,8 @@ def _json(path: str) -> dict[str, Any]:
     raise UserError(f"'{path}' is damaged")
 
 
-def _check_parts(index: Mapping[str, Any]) -> None:
-    """Check that a pipeline is a network and a scheduler, and nothing else."""
+def _check_parts(index: Mapping[str, Any], path: str) -> None:
+    """Check that a pipeline is a network and a scheduler, and nothing else, and that they exist."""
     for part, value in index.items():
         if part.startswith("_") or not isinstance(value, list) or value[1] is None:
             continue
@@ -138,6 +170,11 @@ def _check_parts(index: Mapping[str, Any]) -> None:
             )
         if PARTS[part] not in ("", value[1]):
             raise _foreign(part, value[1])
+        if not _exists(path, part, PART_FILES[part]):
+            raise UserError(
+                f"'{path}' is damaged: {part}/{PART_FILES[part]} is missing, and {INDEX} names "
+                f"the {part}"
+            )
 
 
 def _foreign(part: str, kind: Any) -> UserError:
@@ -146,11 +183,38 @@ def _foreign(part: str, kind: Any) -> UserError:
     )
 
 
-def _load_unet(diffusers: ModuleType, folder: str) -> nn.Module:
-    try:
-        unet, found = diffusers.UNet2DModel.from_pretrained(
-            folder, local_files_only=True, low_cpu_mem_usage=False, output_loading_info=True
+def _variant(folder: str) -> str | None:
+    """The variant of the weights in a folder, None for those without a name.
+
+    :raises ValueError: if there are no weights, or several variants alone.
+    """
+    matches = [re.fullmatch(form, name) for name in os.listdir(folder) for form in WEIGHT_FILES]
+    found = {match.group(1) for match in matches if match}
+    if not found:
+        raise UserError(f"'{folder}' is damaged: it has no weights, such as {WEIGHTS}.safetensors")
+    if None in found:
+        return None
+    names = sorted(name for name in found if name)
+    if len(names) > 1:
+        raise UserError(
+            f"'{folder}' holds variants of the weights alone, {', '.join(names)}: leave the files "
+            "of one in it"
         )
+    log.warning(f"its weights are those of the variant {names[0]}: the folder holds no others")
+    return names[0]
+
+
+def _load_unet(diffusers: ModuleType, folder: str) -> nn.Module:
+    variant = _variant(folder)
+    try:
+        with _silent(diffusers):
+            unet, found = diffusers.UNet2DModel.from_pretrained(
+                folder,
+                variant=variant,
+                local_files_only=True,
+                low_cpu_mem_usage=False,
+                output_loading_info=True,
+            )
     except Exception as error:  # whatever a damaged folder makes the library raise
         lines = str(error).splitlines() or [type(error).__name__]
         raise UserError(f"'{folder}' is damaged or no network of diffusers: {lines[0]}") from None

@@ -189,11 +189,19 @@ def load_state_dict(path: str, **kwargs: Any) -> Any:
     return _load_tensors(data, path, kwargs)
 
 
+_BEGINNINGS = (b"PK", b"\x80")  # of a zip archive, as since torch 1.6; of a pickle
+
+
 def _load_tensors(data: bytes, path: str, kwargs: dict[str, Any]) -> Any:
     if is_safetensors(path):
         tensors = parse_safetensors(data, path)
         place = kwargs.get("map_location")
         return {key: t.to(place or "cpu") for key, t in tensors.items()}
+    if not data.startswith(_BEGINNINGS):  # torch would name a byte of it
+        raise UserError(
+            f"checkpoint '{path}' is damaged or no checkpoint at all: it does not begin as the "
+            "files of torch.save do"
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns of foreign pickles before it refuses them

@@ -1,7 +1,8 @@
 """Checkpoints from one format into another, each conversion tried out before it counts.
 
 Both networks, the one that was read and the one that was written, are run on the same input; where
-they differ by more than rounding, nothing is left.
+they differ by more than rounding, nothing is left. Networks whose outputs are 0, such as untrained
+ones, are compared with noise in place of the weights that are 0.
 """
 
 from __future__ import annotations
@@ -9,19 +10,18 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from . import checkpoint, diffusers_files, runs, state_dicts
 from .classifier_options import ClassifierOptions
-from .diffusers_files import Pretrained, Scheduler
+from .diffusers_files import Pretrained
 from .diffusers_format import (
     EMBEDDING_STEPS,
     Config,
@@ -35,8 +35,9 @@ from .diffusers_format import (
 from .diffusers_weights import from_diffusers, to_diffusers
 from .errors import UserError
 from .files import write_tensors
-from .flags import ImageSize, defaults, height_width, pick
-from .process import DiffusionOptions
+from .flags import defaults, pick
+from .network_comparison import Comparison, compare
+from .process import DiffusionOptions, prediction_name
 from .safetensors_format import write_safetensors
 from .script_util import ModelAndDiffusionOptions, SuperResOptions
 from .unet import UNetModel
@@ -45,7 +46,6 @@ log = logging.getLogger(__name__)
 
 FORMATS = ("safetensors", "diffusers", "openai")
 TOLERANCE = 1e-4  # of the outputs, relative to the largest
-PROBES = 4  # inputs that both networks are run on
 
 Kind = type[ModelAndDiffusionOptions] | type[SuperResOptions] | type[ClassifierOptions]
 KINDS: dict[Kind, str] = {
@@ -60,13 +60,20 @@ class Checkpoint:
     """A network that was read, from whichever format.
 
     ``flags`` are ours, as they lie beside a checkpoint. ``network`` is ours, with the weights, on
-    the CPU. ``evaluate`` is the network that was read, of ours or of diffusers.
+    the CPU. ``there`` is what was read, if it was of diffusers. ``name`` is that of the file or
+    folder that the weights once came from, "" for unknown.
     """
 
     kind: Kind
     flags: Flags
     network: nn.Module
-    evaluate: Callable[..., Tensor]
+    there: Pretrained | None = None
+    name: str = ""
+
+    @property
+    def evaluate(self) -> Callable[..., Tensor]:
+        """The network that was read, of ours or of diffusers; the arguments are those of ours."""
+        return self.network if self.there is None else self.there.evaluate
 
 
 # -- reading --------------------------------------------------------------------------------------
@@ -78,8 +85,8 @@ def read_checkpoint(path: str, flags: Flags, given: set[str]) -> Checkpoint:
     :param flags: all flags of the options of KINDS.
     :param given: the names of those that count where the checkpoint tells nothing, and must agree
         where it does.
-    :raises ValueError: if there is none, it is damaged, a flag contradicts it, or an option of
-        diffusers has no counterpart.
+    :raises ValueError: if there is none, it is damaged, a flag contradicts it or is none of its
+        kind of network, or an option of diffusers has no counterpart.
     """
     if diffusers_files.is_folder_of_diffusers(path):
         return _from_diffusers(path, flags, given)
@@ -89,19 +96,35 @@ def read_checkpoint(path: str, flags: Flags, given: set[str]) -> Checkpoint:
             "such as ema_0.9999_010000.pt"
         )
     where, stored = checkpoint.flags_of(path)
+    kind = _kind(stored or given)
+    _check_names(given, kind, path)
     flags = runs.inherit(flags, given, where, stored)
-    kind = _kind(given | stored.keys())
     flags = _of_the_model(kind, flags, stored)
     network = pick(kind, flags).model()
     runs.load_for_evaluation(network, path).cpu()
-    return Checkpoint(kind, flags, network, network)
+    return Checkpoint(kind, flags, network, name=checkpoint.origin(path, stored) or _name(path))
 
 
-def _kind(names: set[str]) -> Kind:
+def _name(path: str) -> str:
+    return os.path.basename(os.path.abspath(path))
+
+
+def _kind(names: Collection[str]) -> Kind:
     """What a network is for, by the names of its flags."""
     if any(name.startswith("classifier_") for name in names):
         return ClassifierOptions
     return SuperResOptions if "large_size" in names else ModelAndDiffusionOptions
+
+
+def _check_names(given: set[str], kind: Kind, path: str) -> None:
+    """Refuse flags of another kind of network, which would count for nothing."""
+    foreign = sorted(given - defaults(kind).keys())
+    if foreign:
+        what = "is no flag" if len(foreign) == 1 else "are no flags"
+        raise UserError(
+            f"{' '.join(f'--{name}' for name in foreign)} {what} of a {KINDS[kind]}, which "
+            f"--model_path {path} is: leave {'it' if len(foreign) == 1 else 'them'} out"
+        )
 
 
 def _of_the_model(kind: Kind, flags: Flags, stored: Flags) -> Flags:
@@ -112,6 +135,7 @@ def _of_the_model(kind: Kind, flags: Flags, stored: Flags) -> Flags:
 
 
 def _from_diffusers(path: str, flags: Flags, given: set[str]) -> Checkpoint:
+    _check_names(given, ModelAndDiffusionOptions, path)
     there = diffusers_files.read_folder(path)
     stored = _flags_of_diffusers(there, flags, given)
     flags = runs.inherit(flags, given, there.config, stored)
@@ -121,7 +145,8 @@ def _from_diffusers(path: str, flags: Flags, given: set[str]) -> Checkpoint:
     state_dicts.check_fit(network, weights, path)
     network.load_state_dict(weights)
     runs.check_finite(network, path)
-    return Checkpoint(ModelAndDiffusionOptions, flags, network.eval(), there.evaluate)
+    name = stored.get(checkpoint.CONVERTED_FROM) or _name(path)
+    return Checkpoint(ModelAndDiffusionOptions, flags, network.eval(), there, name)
 
 
 def _flags_of_diffusers(there: Pretrained, flags: Flags, given: set[str]) -> Flags:
@@ -138,17 +163,24 @@ def _flags_of_diffusers(there: Pretrained, flags: Flags, given: set[str]) -> Fla
         # the last label stands for none
         found["num_classes"] -= 1
         found["class_dropout"] = flags["class_dropout"]
-    if there.scheduler is None:
-        log.warning(
-            "no scheduler beside the network: its process is that of the flags given and the "
-            f"defaults, such as --noise_schedule {flags['noise_schedule']} --diffusion_steps "
-            f"{flags['diffusion_steps']}"
-        )
-        scaled = {"rescale_timesteps": flags["diffusion_steps"] == EMBEDDING_STEPS}
-        return {**{name: flags[name] for name in defaults(DiffusionOptions)}, **scaled, **found}
-    _warn_of_sampling(there.scheduler.config)
-    found |= scheduler_flags(there.scheduler.config, there.scheduler.betas, found)
-    return there.flags if _says_the_same(there, there.scheduler) else found
+    if there.scheduler is not None:
+        _warn_of_sampling(there.scheduler.config)
+        found |= scheduler_flags(there.scheduler.config, there.scheduler.betas, found)
+    if _says_the_same(there):
+        return there.flags
+    return found if there.scheduler is not None else {**_given_process(flags), **found}
+
+
+def _given_process(flags: Flags) -> Flags:
+    """The flags of the process of a network alone, which does not tell them."""
+    prediction = prediction_name(flags["predict"], flags["predict_xstart"])
+    log.warning(
+        "no scheduler beside the network: its process is that of the flags given and the "
+        f"defaults, such as --predict {prediction} --noise_schedule {flags['noise_schedule']} "
+        f"--diffusion_steps {flags['diffusion_steps']}"
+    )
+    scaled = {"rescale_timesteps": flags["diffusion_steps"] == EMBEDDING_STEPS}
+    return {**{name: flags[name] for name in defaults(DiffusionOptions)}, **scaled}
 
 
 def _warn_of_sampling(scheduler: Config) -> None:
@@ -159,14 +191,18 @@ def _warn_of_sampling(scheduler: Config) -> None:
         log.warning("its scheduler's thresholding has no counterpart here: images are clamped")
 
 
-def _says_the_same(there: Pretrained, scheduler: Scheduler) -> bool:
-    """Whether the flags in a folder of diffusers are those of the network that lies there now."""
+def _says_the_same(there: Pretrained) -> bool:
+    """Whether the flags in a folder of diffusers are those of the network that lies there now.
+
+    And of its scheduler, if it has one.
+    """
     if not there.flags:
         return False
     known = {**defaults(ModelAndDiffusionOptions), **there.flags}
     try:
         network, process = _configs(pick(ModelAndDiffusionOptions, known))
-        pairs = [(there.options, network), (scheduler.config, process)]
+        pairs = [(there.options, network)]
+        pairs += [(there.scheduler.config, process)] if there.scheduler is not None else []
         same = all(_plain(found.get(name)) == own[name] for found, own in pairs for name in own)
     except (UserError, TypeError):  # of flags that a hand has changed
         same = False
@@ -238,22 +274,31 @@ def convert(source: Checkpoint, form: str, path: str) -> Comparison:
                 f"the converted network's outputs differ by {comparison.relative:.1e} of the "
                 f"largest, more than {TOLERANCE:g}: nothing was written"
             )
+        if not _same_weights(source.network, written.network):
+            raise UserError("the weights did not come back as they were: nothing was written")
     return comparison
 
 
+def _same_weights(first: nn.Module, second: nn.Module) -> bool:
+    ours, theirs = first.state_dict(), second.state_dict()
+    return ours.keys() == theirs.keys() and all(ours[key].equal(theirs[key]) for key in ours)
+
+
 def _write(source: Checkpoint, form: str, path: str) -> None:
-    state = source.network.state_dict()
+    state, flags = source.network.state_dict(), source.flags
+    if source.name:
+        flags = {**flags, checkpoint.CONVERTED_FROM: source.name}
     if form == "safetensors":
-        write_safetensors(path, state, source.flags)
+        write_safetensors(path, state, flags)
     elif form == "openai":
         os.mkdir(path)
         write_tensors(os.path.join(path, checkpoint.model_name(0)), state)
-        checkpoint.save_config(path, source.flags)
+        checkpoint.save_config(path, flags)
     else:
         unet, scheduler = _configs(_of_diffusion(source))
         assert isinstance(source.network, UNetModel)
         weights = to_diffusers(state, layout_of(source.network))
-        diffusers_files.write_pipeline(path, unet, scheduler, weights, source.flags)
+        diffusers_files.write_pipeline(path, unet, scheduler, weights, flags)
 
 
 @contextlib.contextmanager
@@ -281,60 +326,3 @@ def _whole(path: str) -> Iterator[str]:
                 os.rmdir(empty)
         raise
     os.rmdir(folder)
-
-
-# -- trying out -----------------------------------------------------------------------------------
-
-
-class Comparison(NamedTuple):
-    """How the outputs of two networks differ: the largest difference, and the largest output."""
-
-    difference: float
-    largest: float
-
-    @property
-    def relative(self) -> float:
-        """The largest difference, relative to the largest output."""
-        if not self.difference:
-            return 0.0
-        return self.difference / self.largest if self.largest else math.inf
-
-
-@torch.no_grad()
-def compare(first: Checkpoint, second: Checkpoint) -> Comparison:
-    """Run two networks on the same input: noise of a fixed seed, at timesteps from 0 to T - 1."""
-    differences, outputs = [], []
-    for arguments in probes(first):  # one at a time: large networks need the memory
-        ours, theirs = first.evaluate(**arguments), second.evaluate(**arguments)
-        differences.append((ours - theirs).abs().max().item())
-        outputs.append(ours.abs().max().item())
-    return Comparison(*(torch.tensor(values).max().item() for values in (differences, outputs)))
-
-
-def probes(source: Checkpoint) -> Iterator[dict[str, Tensor]]:
-    """Arguments for a network: one image of noise, a timestep, and what else it takes."""
-    flags = source.flags
-    generator = torch.Generator().manual_seed(0)
-    steps, rows = flags["diffusion_steps"], _labels(source.network)
-    scale = 1000 / steps if flags["rescale_timesteps"] else 1
-    for i in range(PROBES):
-
-        def noise(size: ImageSize) -> Tensor:
-            return torch.randn(1, flags["channels"], *height_width(size), generator=generator)
-
-        share = i / (PROBES - 1)
-        arguments = {
-            "x": noise(flags["large_size" if "large_size" in flags else "image_size"]),
-            "timesteps": torch.tensor([scale * round(share * (steps - 1))]),
-        }
-        if rows:
-            arguments["y"] = torch.tensor([round(share * (rows - 1))])
-        if "small_size" in flags:
-            arguments["low_res"] = noise(flags["small_size"])
-        yield arguments
-
-
-def _labels(network: nn.Module) -> int:
-    """How many labels a network takes, with the one that stands for none; 0 for no labels."""
-    embedding = getattr(network, "label_emb", None)
-    return embedding.num_embeddings if embedding is not None else 0

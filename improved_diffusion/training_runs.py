@@ -145,7 +145,7 @@ def _with_checkpoint(flags: Flags, given: set[str]) -> Flags:
                 "or name another --log_dir"
             )
     if continued:
-        flags = inherit(flags, given, os.path.dirname(continued))
+        flags = inherit(flags, given, *checkpoint.flags_of(continued))
     if own:  # the flags stored there must go on fitting what lies there
         inherit(flags, set(flags), folder)
         _tell_changes(flags, stored)
@@ -164,7 +164,7 @@ def _for_diffusion_model(flags: Flags, given: set[str]) -> Flags:
     flags = {**flags, "classifier_use_fp16": flags["use_fp16"]}
     path, own = _absolute(flags["classifier_for"]), flags["resume_checkpoint"]
     flags["classifier_for"] = path
-    stored = checkpoint.load_config(os.path.dirname(own)) if own else {}
+    stored = checkpoint.flags_of(own)[1] if own else {}
     if stored and not is_of_classifier(stored):
         raise UserError(
             f"checkpoint '{own}' is that of a diffusion model, not of a classifier: name it by "

@@ -17,7 +17,8 @@ from improved_diffusion.flags import (
     pick,
     require,
 )
-from improved_diffusion.interchange import FORMATS, Checkpoint, Comparison
+from improved_diffusion.interchange import FORMATS, Checkpoint, Kind
+from improved_diffusion.network_comparison import Comparison
 from improved_diffusion.safetensors_format import SUFFIX
 from improved_diffusion.script_util import ModelAndDiffusionOptions, SuperResOptions
 
@@ -43,8 +44,21 @@ class ConvertOptions:
             raise UserError(f"--out '{self.out}': name a new local folder or file")
         if os.path.lexists(self.out):
             raise UserError(f"--out {self.out} exists already: name a new folder or file")
+        above = os.path.dirname(os.path.abspath(self.out))
+        while not os.path.lexists(above):
+            above = os.path.dirname(above)
+        if not os.path.isdir(above):
+            raise UserError(f"--out {self.out}: {above} is no folder: name a path in a folder")
         if self.to == "safetensors" and not self.out.endswith(SUFFIX):
             raise UserError(f"--out {self.out}: must end in {SUFFIX}, by which it is known again")
+
+
+# Which script a network is for
+USES: dict[Kind, str] = {
+    ModelAndDiffusionOptions: "sample with image_sample.py --model_path",
+    SuperResOptions: "sample with super_res_sample.py --model_path",
+    ClassifierOptions: "guide with classifier_sample.py --classifier_path",
+}
 
 
 class Messages(logging.Handler):
@@ -73,14 +87,15 @@ def main() -> None:
 
 def report(source: Checkpoint, comparison: Comparison, options: ConvertOptions) -> list[str]:
     weights = sum(parameter.numel() for parameter in source.network.parameters())
+    which = ", with noise for the weights that are 0" if comparison.of_noise else ""
     lines = [
         f"{options.model_path}: {interchange.KINDS[source.kind]}, {weights:,} weights",
-        f"largest difference of the outputs: {comparison.difference:.2g}, "
+        f"largest difference of the outputs{which}: {comparison.difference:.2g}, "
         f"{comparison.relative:.1e} of the largest",
         f"wrote {os.path.abspath(options.out)}",
     ]
     if options.to == "openai":
-        lines.append(f"sample with --model_path {os.path.join(options.out, model_name(0))}")
+        lines.append(f"{USES[source.kind]} {os.path.join(options.out, model_name(0))}")
     return lines
 
 

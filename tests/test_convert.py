@@ -25,7 +25,11 @@ from script_runner import (
 )
 
 from improved_diffusion.classifier_options import classifier_defaults
-from improved_diffusion.script_util import ModelAndDiffusionOptions, create_classifier
+from improved_diffusion.script_util import (
+    ModelAndDiffusionOptions,
+    SuperResOptions,
+    create_classifier,
+)
 
 pytest.importorskip("diffusers")
 
@@ -63,6 +67,7 @@ def workplace(tmp_path_factory):
     (folder / "unet").mkdir()
     (folder / "unet" / "config.json").write_text('{"_class_name": "UNet2DConditionModel"}')
     (folder / "file").write_text("")
+    (folder / "notes.txt").write_text("hello")
     return folder
 
 
@@ -95,7 +100,7 @@ def test_the_same_samples_after_diffusers_and_back(workplace, convert, run_scrip
 
     done = succeed(convert("made/pipeline", "openai", "made/back"))
     assert names(workplace / "made" / "back") == ["config.json", "model000000.pt"]
-    assert "sample with --model_path made/back/model000000.pt" in done.stdout
+    assert "sample with image_sample.py --model_path made/back/model000000.pt" in done.stdout
     before = sample(run_script, workplace, "run/model000001.pt", "before", classes="all")
     after = sample(run_script, workplace, "made/back/model000000.pt", "after", classes="all")
     assert before.std() > 10
@@ -121,6 +126,22 @@ def test_other_networks_become_other_files(workplace, convert, tmp_path, kind, t
     done = succeed(convert(f"{kind}/model000001.pt", to, str(out)))
     assert f"{kind}, " in done.stdout
     assert "outputs: 0, 0.0e+00 of" in done.stdout
+    use = f"guide with classifier_sample.py --classifier_path {out}/model000000.pt\n"
+    assert (use in done.stdout) == (to == "openai")
+
+
+def test_untrained_network_of_super_resolution(workplace, convert, tmp_path):
+    """Its outputs are 0, which is said, and it is for another script."""
+    chosen = SuperResOptions(**{**TINY_SUPER_RES, "attention_resolutions": "4"})
+    torch.save(chosen.model().state_dict(), tmp_path / "model000001.pt")
+    (tmp_path / "config.json").write_text(json.dumps(dataclasses.asdict(chosen)))
+    done = succeed(convert(str(tmp_path / "model000001.pt"), "openai", str(tmp_path / "a")))
+    assert "outputs are 0 everywhere" in done.stdout
+    assert "outputs, with noise for the weights that are 0: 0, 0.0e+00 of" in done.stdout
+    use = f"sample with super_res_sample.py --model_path {tmp_path}/a/model000000.pt"
+    assert done.stdout.splitlines()[-1] == use
+    stored = json.loads((tmp_path / "a" / "config.json").read_text())
+    assert stored["converted_from"] == "model000001.pt"
 
 
 def test_flags_may_be_given_where_none_are_stored(workplace, convert, tmp_path):
@@ -140,7 +161,10 @@ def test_flags_may_be_given_where_none_are_stored(workplace, convert, tmp_path):
         ("run/model000001.pt", "openai", "file", {}, ["--out file exists already"]),
         ("run/model000001.pt", "openai", "run", {}, ["--out run exists already"]),
         ("run/model000001.pt", "safetensors", "new.pt", {}, ["--out new.pt", ".safetensors"]),
+        ("run/model000001.pt", "openai", "file/x", {}, ["--out file/x", "file is no folder"]),
         ("no.pt", "openai", "new", {}, ["'no.pt' does not exist"]),
+        ("notes.txt", "openai", "new", {}, ["notes.txt", "does not begin as", "torch.save"]),
+        ("unet", "openai", "new", {"large_size": 8}, ["--large_size is no flag of a diffusion"]),
         ("run", "openai", "new", {}, ["--model_path run", "a file in it"]),
         ("broken.safetensors", "openai", "new", {}, ["broken.safetensors", "damaged"]),
         ("unet", "openai", "new", {}, ["UNet2DConditionModel"]),

@@ -2,13 +2,17 @@
 
 import dataclasses
 import json
+import logging
+import shutil
 import sys
 
 import numpy as np
 import pytest
 import torch
 
-from improved_diffusion import diffusers_files, interchange
+from improved_diffusion import diffusers_files, diffusers_weights, interchange
+from improved_diffusion.checkpoint import describe_weights, model_name
+from improved_diffusion.classifier_options import ClassifierOptions
 from improved_diffusion.diffusers_format import (
     layout_of,
     scheduler_config,
@@ -74,7 +78,7 @@ def wake(network):
 def checkpoint_of(chosen, network=None):
     """A checkpoint as it is read from a file."""
     network = wake(chosen.model()) if network is None else network
-    return Checkpoint(type(chosen), dataclasses.asdict(chosen), network, network)
+    return Checkpoint(type(chosen), dataclasses.asdict(chosen), network)
 
 
 def inputs(network, size):
@@ -344,7 +348,11 @@ def test_process_of_theirs_without_a_counterpart(config, words):
 # -- folders and files
 
 
-ALL_FLAGS = {**defaults(SuperResOptions), **defaults(ModelAndDiffusionOptions)}
+ALL_FLAGS = {
+    **defaults(ClassifierOptions),
+    **defaults(SuperResOptions),
+    **defaults(ModelAndDiffusionOptions),
+}
 
 
 @pytest.fixture(scope="module")
@@ -365,6 +373,7 @@ def pipeline(tmp_path_factory):
     )
     source = checkpoint_of(chosen)
     source.flags["class_names"] = ["cat", "dog", "owl"]
+    source.flags["labels_from"] = "folders"
     folder = tmp_path_factory.mktemp("pipeline") / "out"
     comparison = convert(source, "diffusers", str(folder))
     assert 0 < comparison.relative < 1e-5
@@ -400,12 +409,98 @@ def test_network_without_our_flags_comes_back(pipeline, tmp_path):
     assert same_weights(source, back)
 
 
-def test_network_alone_takes_its_process_from_the_flags(pipeline, caplog):
+def test_network_alone_takes_its_process_from_the_flags(pipeline, tmp_path, caplog):
     _, folder = pipeline
     given = {"diffusion_steps": 40, "noise_schedule": "cosine", "predict": "v"}
-    back = read_checkpoint(str(folder / "unet"), {**ALL_FLAGS, **given}, set(given))
+    shutil.copytree(folder / "unet", tmp_path / "unet")  # without our flags in the folder above
+    back = read_checkpoint(str(tmp_path / "unet"), {**ALL_FLAGS, **given}, set(given))
     assert "no scheduler beside the network" in caplog.text
+    assert "--predict v --noise_schedule cosine --diffusion_steps 40" in caplog.text
     assert back.flags.items() >= {**given, "rescale_timesteps": False}.items()
+
+
+@pytest.mark.parametrize("place", ["inside", "above"])
+def test_our_flags_tell_the_process_of_a_network_alone(pipeline, tmp_path, caplog, place):
+    source, folder = pipeline
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    home = tmp_path / "unet" if place == "inside" else tmp_path
+    shutil.copy(folder / "improved_diffusion.json", home)
+    back = read_checkpoint(f"{tmp_path}/unet/", ALL_FLAGS, set())
+    assert back.flags == source.flags
+    assert not caplog.text
+
+
+def test_our_flags_above_a_network_count_if_the_scheduler_there_agrees(pipeline, tmp_path, caplog):
+    _, folder = pipeline
+    flags = json.loads((folder / "improved_diffusion.json").read_text())
+    shutil.copytree(folder / "unet", tmp_path / "unet")
+    shutil.copytree(folder / "scheduler", tmp_path / "scheduler")
+    other = {**flags, "noise_schedule": "linear"}
+    (tmp_path / "improved_diffusion.json").write_text(json.dumps(other))
+    back = read_checkpoint(str(tmp_path / "unet"), ALL_FLAGS, set())
+    assert "tells of another network" in caplog.text
+    assert back.flags["noise_schedule"] == "cosine"
+
+
+@pytest.mark.parametrize("part", ["scheduler", "unet"])
+def test_pipeline_without_a_part_that_it_names_is_damaged(pipeline, tmp_path, part):
+    _, folder = pipeline
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    shutil.rmtree(copy / part)
+    with pytest.raises(ValueError, match=f"copy' is damaged: {part}/.*json is missing"):
+        read_checkpoint(str(copy), ALL_FLAGS, set())
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [("diffusion_pytorch_model.bin", None), ("diffusion_pytorch_model.fp16.safetensors", "fp16")],
+)
+def test_other_files_of_weights(pipeline, tmp_path, caplog, monkeypatch, name, variant):
+    """Quietly: the library tells of a file that it does without as of an error."""
+    source, folder = pipeline
+    network = diffusers.UNet2DModel.from_pretrained(folder / "unet")
+    kind = {"safe_serialization": name.endswith(".safetensors"), "variant": variant}
+    network.save_pretrained(tmp_path / "unet", **kind)
+    assert (tmp_path / "unet" / name).exists()
+    shutil.copy(folder / "improved_diffusion.json", tmp_path)
+    theirs = logging.getLogger("diffusers")
+    monkeypatch.setattr(theirs, "handlers", [*theirs.handlers, caplog.handler])
+    assert same_weights(source, read_checkpoint(str(tmp_path / "unet"), ALL_FLAGS, set()))
+    words = ["its weights are those of the variant fp16: the folder holds no others"]
+    assert caplog.messages == (words if variant else [])
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        ([], "is damaged: it has no weights"),
+        (["diffusion_pytorch_model.fp16.bin", "diffusion_pytorch_model.ema.bin"], "ema, fp16"),
+    ],
+)
+def test_folder_without_one_file_of_weights(pipeline, tmp_path, names, words):
+    _, folder = pipeline
+    shutil.copy(folder / "unet" / "config.json", tmp_path)
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(ValueError, match=words):
+        read_checkpoint(str(tmp_path), ALL_FLAGS, set())
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        ({"large_size"}, "--large_size is no flag of a diffusion model"),
+        ({"classifier_width", "small_size"}, "--classifier_width --small_size are no flags of a"),
+    ],
+)
+@pytest.mark.parametrize("form", ["diffusers", "safetensors"])
+def test_flags_of_other_networks_are_refused(pipeline, tmp_path, names, what, form):
+    source, folder = pipeline
+    if form == "safetensors":
+        folder = tmp_path / "a.safetensors"
+        write_safetensors(str(folder), source.network.state_dict(), source.flags)
+    with pytest.raises(ValueError, match=what):
+        read_checkpoint(str(folder), ALL_FLAGS, names)
 
 
 def test_flags_of_another_network_do_not_count(pipeline, tmp_path, caplog):
@@ -499,8 +594,96 @@ def test_nothing_is_left_of_a_conversion_that_changes_the_outputs(tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def untrained():
+    """A network as it begins: its last layer, and that of every block, is 0."""
+    torch.manual_seed(0)
+    chosen = options()
+    return checkpoint_of(chosen, chosen.model().eval())
+
+
+@pytest.fixture
+def wrong_tables(monkeypatch):
+    """From a call on, a mapping that is wrong alike on the way there and on the way back."""
+
+    def begin():
+        turned = {**diffusers_weights.ATTENTION, "qkv": "to_k to_q to_v"}
+        monkeypatch.setattr(diffusers_weights, "ATTENTION", turned)
+
+    return begin
+
+
+def test_networks_that_give_nothing_are_compared_with_noise(tmp_path, caplog):
+    source = untrained()
+    there = convert(source, "diffusers", str(tmp_path / "out"))
+    assert "outputs are 0 everywhere" in caplog.text
+    assert there.of_noise
+    assert there.largest > 0.1
+    assert 0 < there.relative < 1e-5
+    back = read_checkpoint(str(tmp_path / "out"), ALL_FLAGS, set())
+    assert same_weights(source, back)  # the noise is in none of them
+    assert convert(back, "openai", str(tmp_path / "back")).of_noise
+    assert same_weights(source, back)
+
+
+def test_wrong_mapping_of_a_network_that_gives_nothing_is_noticed(tmp_path, wrong_tables):
+    """There: what comes back is the same to the bit, and the outputs are 0 anyhow."""
+    wrong_tables()
+    with pytest.raises(ValueError, match="outputs differ by"):
+        convert(untrained(), "diffusers", str(tmp_path / "out"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_mapping_of_a_foreign_network_that_gives_nothing_is_noticed(tmp_path, wrong_tables):
+    convert(untrained(), "diffusers", str(tmp_path / "out"))
+    wrong_tables()
+    source = read_checkpoint(str(tmp_path / "out"), ALL_FLAGS, set())
+    with pytest.raises(ValueError, match="outputs differ by"):
+        convert(source, "openai", str(tmp_path / "back"))
+    assert not (tmp_path / "back").exists()
+
+
+def test_weights_that_change_on_the_way_are_noticed(tmp_path, monkeypatch):
+    """Though the outputs of the network, which are 0, stay what they are."""
+
+    def wrong(path, state, flags):
+        key = "input_blocks.1.0.in_layers.2.weight"
+        write_safetensors(path, {**state, key: state[key].flip(0)}, flags)
+
+    monkeypatch.setattr(interchange, "write_safetensors", wrong)
+    with pytest.raises(ValueError, match="weights did not come back"):
+        convert(untrained(), "safetensors", str(tmp_path / "a.safetensors"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_weights_say_what_they_were_converted_from(tmp_path):
+    """By all formats, one after another."""
+    name = "ema_0.99_001500.pt"
+    source = dataclasses.replace(checkpoint_of(options()), name=name)
+    file, folder, last = (str(tmp_path / n) for n in ("a.safetensors", "there", "back"))
+    convert(source, "safetensors", file)
+    convert(read_checkpoint(file, ALL_FLAGS, set()), "diffusers", folder)
+    convert(read_checkpoint(folder, ALL_FLAGS, set()), "openai", last)
+    for path in (file, f"{last}/{model_name(0)}"):
+        assert describe_weights(path) == f"converted from {name}"
+        assert read_checkpoint(path, ALL_FLAGS, set()).name == name
+    shutil.copy(f"{last}/{model_name(0)}", f"{last}/ema_0.9_000300.pt")
+    assert describe_weights(f"{last}/ema_0.9_000300.pt") == "weights averaged at rate 0.9"
+    other = read_checkpoint(f"{last}/ema_0.9_000300.pt", ALL_FLAGS, set())
+    assert other.name == "ema_0.9_000300.pt"
+
+
+def test_name_of_a_file_or_folder_is_where_weights_come_from(pipeline, tmp_path):
+    source, folder = pipeline
+    assert read_checkpoint(f"{folder}/", ALL_FLAGS, set()).name == "out"
+    convert(source, "safetensors", str(tmp_path / "a.safetensors"))
+    back = read_checkpoint(str(tmp_path / "a.safetensors"), ALL_FLAGS, set())
+    assert back.name == "a.safetensors"
+    assert describe_weights(str(tmp_path / "a.safetensors")) == "weights"
+
+
 def test_safetensors_file_is_a_whole_checkpoint(tmp_path):
     source = checkpoint_of(options(learn_sigma=True))
+    source.flags["labels_from"] = "folders"
     path = str(tmp_path / "a.safetensors")
     assert convert(source, "safetensors", path).difference == 0
     assert [item.name for item in tmp_path.iterdir()] == ["a.safetensors"]

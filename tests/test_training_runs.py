@@ -10,6 +10,7 @@ import torch
 from improved_diffusion import checkpoint, dist_util, runs, training_data, training_runs
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import make_parser
+from improved_diffusion.safetensors_format import write_safetensors
 from improved_diffusion.script_util import ModelAndDiffusionOptions
 
 
@@ -203,6 +204,18 @@ def test_named_checkpoint_gives_the_flags(prepare, tmp_path, named):
     assert flags["resume_checkpoint"] == str(path)
     assert flags["num_channels"] == 64
     assert flags["began_from"] == os.path.abspath(name)
+
+
+def test_named_safetensors_file_gives_its_own_flags(prepare, tmp_path):
+    """Whatever lies beside it."""
+    pytest.importorskip("safetensors")
+    checkpoint.save_config(str(tmp_path), {"num_channels": 96})
+    path, own = str(tmp_path / "a.safetensors"), {"channels": 1, "image_size": 8}
+    write_safetensors(path, {"weight": torch.ones(1)}, {**make_flags(), **own, "num_channels": 64})
+    flags, _ = prepare(resume_checkpoint=path)
+    assert (flags["resume_checkpoint"], flags["num_channels"]) == (path, 64)
+    message = message_of(prepare, resume_checkpoint=path, num_channels=32)
+    assert f"--num_channels 64 ({path})" in message
 
 
 def test_same_command_with_a_named_checkpoint_goes_on_in_its_own_folder(
