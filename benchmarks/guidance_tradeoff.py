@@ -24,7 +24,6 @@ import torch
 from demo_quality import measure
 
 import improved_diffusion
-from improved_diffusion.checkpoint import load_config
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import numbers, pick
@@ -44,6 +43,7 @@ from improved_diffusion.script_util import (
     model_and_diffusion_defaults,
 )
 from improved_diffusion.state_dicts import load_model
+from improved_diffusion.stored_flags import load_config
 
 ROOT = Path(__file__).parent.parent
 SCALES = {  # classifier-free: 0 is without the class, 1 without guidance; classifier: 0 is without

@@ -23,7 +23,6 @@ import torch
 from demo_quality import measure
 
 import improved_diffusion
-from improved_diffusion.checkpoint import load_config
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.noise_levels import NoiseLevels
@@ -42,6 +41,7 @@ from improved_diffusion.script_util import (
 )
 from improved_diffusion.solvers import sample_heun
 from improved_diffusion.state_dicts import load_model
+from improved_diffusion.stored_flags import load_config
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

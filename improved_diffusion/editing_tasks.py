@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from . import dist_util, editing
-from .checkpoint import flags_of
 from .denoiser import Denoiser
 from .editing_options import UNSET_T, EditOptions
 from .editing_pictures import Pictures, load_masks, load_pictures
@@ -27,6 +26,7 @@ from .rng import randn, sample_generators
 from .sample_util import parse_classes
 from .sampling import SampleOptions, describe_sampler, sampling_levels
 from .solvers import get_solver
+from .stored_flags import flags_of
 
 log = logging.getLogger(__name__)
 

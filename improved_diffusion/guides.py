@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from . import checkpoint, runs
+from . import checkpoint, runs, stored_flags
 from .classifier_options import NUM_CLASSES, ClassifierOptions
 from .errors import UserError
 from .flags import defaults, option, pick, require
@@ -78,10 +78,10 @@ def load_weak(flags: runs.Flags, diffusion: GaussianDiffusion) -> UNetModel:
 
 def _flags_of_weak(path: str, flags: runs.Flags, kind: type) -> runs.Flags:
     """The flags that a weaker model was trained with: those beside it, else the model's."""
-    where, stored = checkpoint.flags_of(path)
+    where, stored = stored_flags.flags_of(path)
     if not stored:
         log.warning(
-            f"no {checkpoint.CONFIG} beside --guide_path {path}: its flags are taken to be those "
+            f"no {stored_flags.CONFIG} beside --guide_path {path}: its flags are taken to be those "
             "of --model_path"
         )
         return flags
@@ -166,10 +166,10 @@ def _flags_of_classifier(
     path = flags["classifier_path"]
     own = {name: flags[name] for name in defaults(ClassifierOptions)}
     own["num_classes"] = asked["num_classes"] or flags["num_classes"]
-    where, stored = checkpoint.flags_of(path)
+    where, stored = stored_flags.flags_of(path)
     if not stored:
         log.warning(
-            f"no {checkpoint.CONFIG} beside --classifier_path {path}: its flags are those given "
+            f"no {stored_flags.CONFIG} beside --classifier_path {path}: its flags are those given "
             f"and the defaults, such as --classifier_width {own['classifier_width']}; images and "
             "process are taken to be those of --model_path"
         )
@@ -188,7 +188,7 @@ def _flags_of_classifier(
     fixed = (of_classifier | {"num_classes"}) - {"classifier_use_fp16", "classifier_dropout"}
     named = given & of_classifier | ({"num_classes"} & given if asked["num_classes"] else set())
     own = {**defaults(ClassifierOptions), **{name: own[name] for name in named}}
-    merged = checkpoint.merge_flags(own, named, stored, fixed, own, where)
+    merged = stored_flags.merge_flags(own, named, stored, fixed, own, where)
     return merged, list(stored.get("class_names") or [])
 
 

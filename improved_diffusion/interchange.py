@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint, diffusers_files, runs, state_dicts
+from . import checkpoint, diffusers_files, runs, state_dicts, stored_flags
 from .classifier_options import ClassifierOptions
 from .diffusers_files import Pretrained
 from .diffusers_format import (
@@ -95,7 +95,7 @@ def read_checkpoint(path: str, flags: Flags, given: set[str]) -> Checkpoint:
             f"--model_path {path} is a folder without a network of diffusers: name a file in it, "
             "such as ema_0.9999_010000.pt"
         )
-    where, stored = checkpoint.flags_of(path)
+    where, stored = stored_flags.flags_of(path)
     kind = _kind(stored or given)
     _check_names(given, kind, path)
     flags = runs.inherit(flags, given, where, stored)
@@ -145,7 +145,7 @@ def _from_diffusers(path: str, flags: Flags, given: set[str]) -> Checkpoint:
     state_dicts.check_fit(network, weights, path)
     network.load_state_dict(weights)
     runs.check_finite(network, path)
-    name = stored.get(checkpoint.CONVERTED_FROM) or _name(path)
+    name = stored.get(stored_flags.CONVERTED_FROM) or _name(path)
     return Checkpoint(ModelAndDiffusionOptions, flags, network.eval(), there, name)
 
 
@@ -287,13 +287,13 @@ def _same_weights(first: nn.Module, second: nn.Module) -> bool:
 def _write(source: Checkpoint, form: str, path: str) -> None:
     state, flags = source.network.state_dict(), source.flags
     if source.name:
-        flags = {**flags, checkpoint.CONVERTED_FROM: source.name}
+        flags = {**flags, stored_flags.CONVERTED_FROM: source.name}
     if form == "safetensors":
         write_safetensors(path, state, flags)
     elif form == "openai":
         os.mkdir(path)
         write_tensors(os.path.join(path, checkpoint.model_name(0)), state)
-        checkpoint.save_config(path, flags)
+        stored_flags.save_config(path, flags)
     else:
         unet, scheduler = _configs(_of_diffusion(source))
         assert isinstance(source.network, UNetModel)

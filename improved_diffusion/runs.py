@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import checkpoint, dist_util, liveness, logger, state_dicts
+from . import checkpoint, dist_util, liveness, logger, state_dicts, stored_flags
 from ._version import __version__
 from .classifier_options import ClassifierOptions
 from .errors import UserError
@@ -127,7 +127,7 @@ def store_flags(folder: str, flags: Flags, name: str) -> None:
     if dist_util.get_rank() == 0:
         if "://" not in folder:
             os.makedirs(folder, exist_ok=True)  # $DIFFUSION_BLOB_LOGDIR may be new
-        checkpoint.save_config(folder, flags, name)
+        stored_flags.save_config(folder, flags, name)
 
 
 def announce(flags: Flags) -> None:
@@ -147,10 +147,10 @@ def inherit(flags: Flags, given: set[str], folder: str, stored: Flags | None = N
     :param stored: those flags, if they are known; None for the folder's.
     :raises ValueError: naming both values, if a given flag contradicts what training settled.
     """
-    stored = checkpoint.load_config(folder) if stored is None else stored
+    stored = stored_flags.load_config(folder) if stored is None else stored
     if not stored:
         log.warning(
-            f"no {checkpoint.CONFIG} beside the checkpoint: its flags are those given and the "
+            f"no {stored_flags.CONFIG} beside the checkpoint: its flags are those given and the "
             f"defaults, such as --noise_schedule {flags['noise_schedule']} --diffusion_steps "
             f"{flags['diffusion_steps']}"
         )
@@ -177,7 +177,7 @@ def _merge(
         _check_null_class(flags, given, stored, where)
     if not flags.get("num_classes"):
         given = given - {"num_classes"}  # 0: to be counted
-    return checkpoint.merge_flags(flags, given, stored, FIXED_BY_TRAINING, names, where)
+    return stored_flags.merge_flags(flags, given, stored, FIXED_BY_TRAINING, names, where)
 
 
 _OPTIONS = (ModelAndDiffusionOptions, SuperResOptions, ClassifierOptions)
@@ -217,7 +217,7 @@ def _check_betas(flags: Flags, given: set[str], stored: Flags, folder: str) -> N
         ours, theirs = (shorten(side["betas"]) or "''" for side in (flags, stored))
         raise UserError(
             f"--betas {ours} contradicts the checkpoint, which was trained with --betas {theirs} "
-            f"({checkpoint.place_of_flags(folder)}): leave the flag out"
+            f"({stored_flags.place_of_flags(folder)}): leave the flag out"
         )
 
 
@@ -227,7 +227,7 @@ def _check_null_class(flags: Flags, given: set[str], stored: Flags, folder: str)
     if "class_dropout" in given and (ours > 0) != (theirs > 0):
         raise UserError(
             f"--class_dropout {ours} contradicts the checkpoint, which was trained with "
-            f"--class_dropout {theirs} ({checkpoint.place_of_flags(folder)}): leave the flag out"
+            f"--class_dropout {theirs} ({stored_flags.place_of_flags(folder)}): leave the flag out"
         )
 
 
@@ -321,10 +321,10 @@ def _flags_of_diffusion(path: str) -> tuple[str, Flags]:
     if not dist_util.on_first_rank(lambda: bf.exists(path)):
         raise UserError(f"{flag} does not exist: name a checkpoint of the diffusion model")
     is_folder = dist_util.on_first_rank(lambda: bf.isdir(path))
-    where, stored = checkpoint.flags_of(bf.join(path, "") if is_folder else path)
+    where, stored = stored_flags.flags_of(bf.join(path, "") if is_folder else path)
     if not stored:
         raise UserError(
-            f"{flag} has no {checkpoint.CONFIG} beside it, which would tell its flags: give them "
+            f"{flag} has no {stored_flags.CONFIG} beside it, which would tell its flags: give them "
             "instead, such as --image_size, --noise_schedule and --diffusion_steps"
         )
     kind = "a super-resolution model" if "large_size" in stored else "no model of image_train.py"
@@ -345,7 +345,7 @@ def prepare_from_checkpoint(flags: Flags, given: set[str]) -> Flags:
         raise UserError("--model_path is missing: name a checkpoint, such as runs/x/ema_....pt")
     folder = set_up(flags)
     checkpoint.refuse_folder("model_path", flags["model_path"])
-    where, stored = checkpoint.flags_of(flags["model_path"])
+    where, stored = stored_flags.flags_of(flags["model_path"])
     refuse_classifier(flags["model_path"], stored)
     flags = inherit(flags, given, where, stored)
     return {**flags, "log_dir": folder}

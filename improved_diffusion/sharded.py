@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import checkpoint, dist_util
+from . import checkpoint, dist_util, stored_flags
 from .errors import UserError
 from .files import file_entry, write_tensors
 
@@ -276,9 +276,9 @@ def merge(path: str, out_dir: str, report: Callable[[str], None] = lambda text: 
 
 def _copy_beside(folder: str, out_dir: str, step: int, entries: dict[str, Any]) -> None:
     """The flags and the state file, which are ordinary files already."""
-    flags = checkpoint.load_config(folder)
+    flags = stored_flags.load_config(folder)
     if flags:
-        checkpoint.save_config(out_dir, flags)
+        stored_flags.save_config(out_dir, flags)
     name = checkpoint.state_name(step)
     state = dist_util.load_state_dict(os.path.join(folder, name), map_location="cpu")
     entries[name] = write_tensors(os.path.join(out_dir, name), state)

@@ -10,7 +10,7 @@ import os
 import torch
 from torch import nn
 
-from . import checkpoint, dist_util, liveness, logger, sharded, state_dicts
+from . import checkpoint, dist_util, liveness, logger, sharded, state_dicts, stored_flags
 from .augment import AugmentOptions
 from .classifier_training import ClassifierLoss
 from .errors import UserError
@@ -130,7 +130,7 @@ def _with_checkpoint(flags: Flags, given: set[str]) -> Flags:
     """
     folder = os.environ.get("DIFFUSION_BLOB_LOGDIR") or flags["log_dir"]
     named, own = _absolute(flags["resume_checkpoint"]), checkpoint.find_newest_model(folder)
-    stored = checkpoint.load_config(folder) if own else {}
+    stored = stored_flags.load_config(folder) if own else {}
     began_from = stored.get("began_from", "")
     continued = own
     if named and began_from == named:
@@ -145,7 +145,7 @@ def _with_checkpoint(flags: Flags, given: set[str]) -> Flags:
                 "or name another --log_dir"
             )
     if continued:
-        flags = inherit(flags, given, *checkpoint.flags_of(continued))
+        flags = inherit(flags, given, *stored_flags.flags_of(continued))
     if own:  # the flags stored there must go on fitting what lies there
         inherit(flags, set(flags), folder)
         _tell_changes(flags, stored)
@@ -164,7 +164,7 @@ def _for_diffusion_model(flags: Flags, given: set[str]) -> Flags:
     flags = {**flags, "classifier_use_fp16": flags["use_fp16"]}
     path, own = _absolute(flags["classifier_for"]), flags["resume_checkpoint"]
     flags["classifier_for"] = path
-    stored = checkpoint.flags_of(own)[1] if own else {}
+    stored = stored_flags.flags_of(own)[1] if own else {}
     if stored and not is_of_classifier(stored):
         raise UserError(
             f"checkpoint '{own}' is that of a diffusion model, not of a classifier: name it by "
@@ -257,7 +257,7 @@ def make_loop(
         flags=flags,
         **arguments,
     )
-    store_flags(get_blob_logdir(), {**flags, "resume_checkpoint": ""}, checkpoint.CONFIG)
+    store_flags(get_blob_logdir(), {**flags, "resume_checkpoint": ""}, stored_flags.CONFIG)
     announce(flags)
     _describe(loop, data, flags)
     return loop

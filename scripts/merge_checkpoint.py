@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass
 
-from improved_diffusion import checkpoint, sharded
+from improved_diffusion import checkpoint, sharded, stored_flags
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import ArgumentParser, make_parser, option, pick
@@ -32,7 +32,7 @@ def main() -> None:
     os.makedirs(out_dir, exist_ok=True)
     for path in paths:
         sharded.merge(path, out_dir, report=lambda file: print(f"wrote {file}", flush=True))
-    if not options.out_dir and checkpoint.load_config(run).get("keep_checkpoints"):
+    if not options.out_dir and stored_flags.load_config(run).get("keep_checkpoints"):
         print("the run's --keep_checkpoints will remove these files, too, when their step is old")
 
 

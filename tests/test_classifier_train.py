@@ -20,7 +20,7 @@ from script_runner import (
     write_digits,
 )
 
-from improved_diffusion import checkpoint
+from improved_diffusion import stored_flags
 from improved_diffusion.classifier_options import ClassifierOptions
 from improved_diffusion.flags import pick
 
@@ -229,7 +229,7 @@ def diffusion_run(tmp_path, trained):
 
 def rewrite(folder, **flags):
     """Change the flags that are stored in a folder."""
-    checkpoint.save_config(str(folder), {**config(folder), **flags}, "config.json")
+    stored_flags.save_config(str(folder), {**config(folder), **flags}, "config.json")
 
 
 def test_classifier_takes_what_the_diffusion_model_has_settled(train, diffusion_run):

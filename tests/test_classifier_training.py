@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from script_runner import command_line, load_module
 
-from improved_diffusion import checkpoint, dist_util, logger, runs
+from improved_diffusion import dist_util, logger, runs, stored_flags
 from improved_diffusion.classifier_options import ClassifierOptions
 from improved_diffusion.classifier_training import ClassifierLoss, top_k_hits, training_flags
 from improved_diffusion.errors import UserError
@@ -369,7 +369,7 @@ def take(tmp_path):
     def take(stored, given=None, named="model000008.pt", settled=(), **more):
         (tmp_path / "model000008.pt").touch()
         if stored is not None:
-            checkpoint.save_config(str(tmp_path), stored, "config.json")
+            stored_flags.save_config(str(tmp_path), stored, "config.json")
         given = given or {}
         flags = {**defaults(ClassifierOptions), "labels_from": "filename", **given, **more}
         flags["classifier_for"] = str(tmp_path / named)

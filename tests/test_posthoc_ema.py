@@ -12,7 +12,7 @@ import torch
 from scipy.integrate import quad
 from script_runner import error_of, start_script, succeed, tree
 
-from improved_diffusion import checkpoint, posthoc_ema
+from improved_diffusion import checkpoint, posthoc_ema, stored_flags
 from improved_diffusion.errors import UserError
 from improved_diffusion.posthoc_ema import (
     MAX_SIGMA_REL,
@@ -297,7 +297,7 @@ def run(tmp_path_factory):
         averages = track(random_walk(STEPS), gamma_of(sigma_rel))
         for updates in range(EVERY, STEPS + 1, EVERY):
             save(folder, sigma_rel, updates, as_weights(averages[updates - 1], updates))
-    (folder / checkpoint.CONFIG).write_text("{}\n")
+    (folder / stored_flags.CONFIG).write_text("{}\n")
     return folder
 
 
@@ -453,7 +453,7 @@ def test_image_sample_takes_what_the_script_made(trained, run_script, tmp_path):
     """A network's weights, from which steps of 0, 1, 2, ... lead away."""
     folder = tmp_path / "run"
     folder.mkdir()
-    shutil.copy(trained.folder / checkpoint.CONFIG, folder)
+    shutil.copy(trained.folder / stored_flags.CONFIG, folder)
     weights = load(trained.path)
     for sigma_rel in WIDTHS:
         for updates in (2, 4, 8):
@@ -503,7 +503,7 @@ def refused(own_run, run_script, tmp_path):
     [
         ({"run": ""}, ["--run is missing"]),
         ({"run": "nowhere"}, ["--run nowhere does not exist"]),
-        ({"run": f"run/{checkpoint.CONFIG}"}, ["--run run/config.json", "no folder"]),
+        ({"run": f"run/{stored_flags.CONFIG}"}, ["--run run/config.json", "no folder"]),
         ({"sigma_rel": 0.3}, ["--sigma_rel 0.3", "below 0.2887"]),
         ({"sigma_rel": 0}, ["--sigma_rel 0", "above 0"]),
         ({"sigma_rel": "0.1,-1"}, ["--sigma_rel 0.1,-1"]),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from toy import make_model
 
-from improved_diffusion import checkpoint, dist_util, runs
+from improved_diffusion import dist_util, runs, stored_flags
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import make_parser, pick
 from improved_diffusion.image_datasets import ImageList
@@ -33,7 +33,7 @@ def stored(tmp_path):
         batch_size=7,
         seed=9,
     )
-    checkpoint.save_config(str(tmp_path), {**flags, "class_names": ["a", "b", "c"]})
+    stored_flags.save_config(str(tmp_path), {**flags, "class_names": ["a", "b", "c"]})
     return str(tmp_path)
 
 
@@ -99,7 +99,7 @@ def test_folder_without_flags_changes_nothing(tmp_path):
 def test_flags_survive_the_file(tmp_path):
     """Sizes come back as pairs, and what is written is plain JSON."""
     flags = make_flags(image_size=(8, 12))
-    checkpoint.save_config(str(tmp_path), flags)
+    stored_flags.save_config(str(tmp_path), flags)
     json.loads((tmp_path / "config.json").read_text())
     merged = runs.inherit(make_flags(), set(), str(tmp_path))
     assert merged == {**flags, "class_names": []}
@@ -113,7 +113,7 @@ OWN = ",".join(["0.001"] * 100)
 
 def inherit_from(folder, config, **given):
     """The merged flags of a command line over a checkpoint's."""
-    checkpoint.save_config(str(folder), config)
+    stored_flags.save_config(str(folder), config)
     return runs.inherit(make_flags(**given), set(given), str(folder))
 
 

@@ -26,7 +26,7 @@ from script_runner import (
 )
 from test_parallel import FSDP, difference, train
 
-from improved_diffusion import checkpoint, sharded
+from improved_diffusion import checkpoint, sharded, stored_flags
 from improved_diffusion.errors import UserError
 
 STEP = 20
@@ -97,13 +97,13 @@ def test_merging_gives_the_files_of_one_process(run):
 
 def test_merging_into_another_folder_makes_a_run_folder(run, tmp_path_factory):
     folder, files = run
-    checkpoint.save_config(str(folder), {"num_channels": 32})
+    stored_flags.save_config(str(folder), {"num_channels": 32})
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     out = tmp_path_factory.mktemp("out")
     sharded.merge(str(folder / "sharded000020"), str(out))
     assert {path.name for path in out.iterdir()} == {*files, "config.json", "checkpoint000020.json"}
     assert checkpoint.find_newest_model(str(out)) == str(out / "model000020.pt")
-    assert checkpoint.load_config(str(out)) == {"num_channels": 32}
+    assert stored_flags.load_config(str(out)) == {"num_channels": 32}
     assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -334,7 +334,7 @@ def test_snapshots_in_shares_are_merged_before_averages_are_made(run, group, run
     sharded.write_checkpoint(str(folder), 30, files_of(30), group)
     done = run_script("ema_reconstruct", {"run": "."}, cwd=folder)
     assert "2 snapshots, such as posthoc_0.1_000020.pt, are still in shares" in error_of(done)
-    checkpoint.save_config(str(folder), {"keep_checkpoints": 2})
+    stored_flags.save_config(str(folder), {"keep_checkpoints": 2})
     done = succeed(run_script("merge_checkpoint", {"checkpoint": ".", "all": True}, cwd=folder))
     assert "--keep_checkpoints will remove these files, too" in done.stdout
     assert {path.name for path in folder.glob("posthoc*")} == {

@@ -16,7 +16,7 @@ from golden_data import load_json
 from torch.utils._python_dispatch import TorchDispatchMode
 from toy import STEPS, TimestepByImage, batches, calm, make_batch, make_diffusion, make_model
 
-from improved_diffusion import checkpoint, logger
+from improved_diffusion import checkpoint, logger, stored_flags
 from improved_diffusion.denoiser import Denoiser
 from improved_diffusion.errors import UserError
 from improved_diffusion.noise_levels import noise_levels
@@ -928,8 +928,8 @@ def test_ema_rate_may_be_a_number(run_dir):
 
 
 def test_flags_of_a_run_are_json(tmp_path):
-    checkpoint.save_config(str(tmp_path), {"lr": 1e-4, "image_size": (8, 16)})
+    stored_flags.save_config(str(tmp_path), {"lr": 1e-4, "image_size": (8, 16)})
     assert json.loads((tmp_path / "config.json").read_text()) == {"lr": 1e-4, "image_size": [8, 16]}
-    assert checkpoint.load_config(str(tmp_path))["lr"] == 1e-4
-    assert np.prod(checkpoint.load_config(str(tmp_path))["image_size"]) == 128
+    assert stored_flags.load_config(str(tmp_path))["lr"] == 1e-4
+    assert np.prod(stored_flags.load_config(str(tmp_path))["image_size"]) == 128
     assert make_diffusion().num_timesteps == STEPS

@@ -7,7 +7,14 @@ import shutil
 import pytest
 import torch
 
-from improved_diffusion import checkpoint, dist_util, runs, training_data, training_runs
+from improved_diffusion import (
+    checkpoint,
+    dist_util,
+    runs,
+    stored_flags,
+    training_data,
+    training_runs,
+)
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import make_parser
 from improved_diffusion.safetensors_format import write_safetensors
@@ -47,7 +54,7 @@ def write_checkpoint(folder, *steps, **flags):
         folder.mkdir(exist_ok=True)
         checkpoint.write_checkpoint(str(folder), step, files)
     own = {"channels": 1, "image_size": 8, "class_names": [], "began_from": ""}
-    checkpoint.save_config(str(folder), {**make_flags(), **own, **flags})
+    stored_flags.save_config(str(folder), {**make_flags(), **own, **flags})
     return folder / checkpoint.model_name(steps[-1])
 
 
@@ -209,7 +216,7 @@ def test_named_checkpoint_gives_the_flags(prepare, tmp_path, named):
 def test_named_safetensors_file_gives_its_own_flags(prepare, tmp_path):
     """Whatever lies beside it."""
     pytest.importorskip("safetensors")
-    checkpoint.save_config(str(tmp_path), {"num_channels": 96})
+    stored_flags.save_config(str(tmp_path), {"num_channels": 96})
     path, own = str(tmp_path / "a.safetensors"), {"channels": 1, "image_size": 8}
     write_safetensors(path, {"weight": torch.ones(1)}, {**make_flags(), **own, "num_channels": 64})
     flags, _ = prepare(resume_checkpoint=path)
