@@ -17,12 +17,9 @@ from improved_diffusion import checkpoint, dist_util, train_util
 from improved_diffusion.checkpoint import (
     find_beside,
     find_newest_model,
-    load_config,
     locate,
-    merge_flags,
     prune,
     remove_partial_files,
-    save_config,
     set_aside_newer,
     step_of,
     write_checkpoint,
@@ -30,6 +27,7 @@ from improved_diffusion.checkpoint import (
 )
 from improved_diffusion.errors import UserError
 from improved_diffusion.script_util import FIXED_BY_TRAINING
+from improved_diffusion.stored_flags import load_config, merge_flags, save_config
 
 STEPS = load_json("training")["parse_resume_step_from_filename"]
 RUNS = {name: run for name, run in load_json("training").items() if "files" in run}
