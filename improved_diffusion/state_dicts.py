@@ -149,6 +149,12 @@ def _describe_encoder(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
         "--num_classes": shapes[last][0],
         "blocks (--classifier_depth and the levels)": 1
         + max(_index(key) for key in shapes if key.startswith("input_blocks.")),
+        "--classifier_resblock_updown": not any(".op." in key for key in shapes),
+        "blocks that attend (--classifier_attention_resolutions)": sorted(
+            _index(key)
+            for key in shapes
+            if key.startswith("input_blocks.") and key.endswith("qkv.weight")
+        ),
     }
     if pool == "attention":
         about["positions of the last level (--image_size)"] = (

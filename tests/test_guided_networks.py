@@ -289,6 +289,10 @@ def test_misfit_of_classifiers_names_the_flag():
     assert "--classifier_pool adaptive here, spatial in the checkpoint" in message
     message = refusal(classifier(out_channels=3), classifier())
     assert message.endswith("--num_classes 3 here, 5 in the checkpoint")
+    message = refusal(classifier(), classifier(resblock_updown=True))
+    assert message.endswith("--classifier_resblock_updown False here, True in the checkpoint")
+    message = refusal(classifier(), classifier(attention_resolutions=()))
+    assert message.endswith("(--classifier_attention_resolutions) [3] here, [] in the checkpoint")
     attention = {"pool": "attention", "num_head_channels": 32}
     message = refusal(classifier(**attention), classifier(image_size=32, **attention))
     assert "(--image_size) 64 here, 256 in the checkpoint" in message
