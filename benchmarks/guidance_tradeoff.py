@@ -16,14 +16,13 @@ writes benchmarks/results/guidance_tradeoff.json and docs/guidance_tradeoff.png.
 import argparse
 import json
 import os
-import platform
 from pathlib import Path
 
 import numpy as np
 import torch
 from demo_quality import measure
+from records import pyplot, write_result
 
-import improved_diffusion
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import numbers, pick
@@ -71,19 +70,8 @@ def main(argv: list[str] | None = None) -> None:
         result["classifier"] = by_classifier(
             args.unconditional, args.classifier_path, scales["classifier"], args.samples
         )
-    result |= {
-        "samples": args.samples,
-        "versions": {
-            "improved_diffusion": improved_diffusion.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "machine": {"processor": platform.machine(), "system": platform.system()},
-    }
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out, "w") as file:
-        json.dump(result, file, indent=1)
-    print(f"wrote {args.out}")
+    result["samples"] = args.samples
+    write_result(args.out, result)
     if args.picture:
         plot(result, args.picture)
         print(f"wrote {args.picture}")
@@ -235,17 +223,8 @@ def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def plot(result: dict, path: str) -> None:
     """Fidelity and diversity over the scale, and one against the other."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "matplotlib is missing: pip install 'improved-diffusion[plots]', or --picture ''"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     kinds = [kind for kind in SCALES if kind in result]
-    figure, axes = pyplot.subplots(1, len(kinds) + 1, figsize=(4.8 * (len(kinds) + 1), 4.2))
+    figure, axes = pyplot().subplots(1, len(kinds) + 1, figsize=(4.8 * (len(kinds) + 1), 4.2))
     lines = {"recognised": "C0o-", "precision": "C2s-", "recall": "C3^-"}
     for axis, kind in zip(axes, kinds, strict=False):
         scales = [p["scale"] for p in result[kind]]

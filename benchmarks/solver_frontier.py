@@ -14,15 +14,14 @@ writes benchmarks/results/solver_frontier.json and docs/solver_frontier.png.
 import argparse
 import json
 import os
-import platform
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 from demo_quality import measure
+from records import pyplot, write_result
 
-import improved_diffusion
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.noise_levels import NoiseLevels
@@ -63,18 +62,8 @@ def main(argv: list[str] | None = None) -> None:
     result = {"mixture": on_mixture(args.mixture_samples)}
     if args.model_path:
         result["demo"] = on_demo(args.model_path, args.samples)
-    result |= {
-        "samples": {"mixture": args.mixture_samples, "demo": args.samples},
-        "versions": {
-            "improved_diffusion": improved_diffusion.__version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-    os.makedirs(os.path.dirname(args.out) or ".", exist_ok=True)
-    with open(args.out, "w") as file:
-        json.dump(result, file, indent=1)
-    print(f"wrote {args.out}")
+    result["samples"] = {"mixture": args.mixture_samples, "demo": args.samples}
+    write_result(args.out, result)
     if args.picture:
         plot(result, args.picture)
         print(f"wrote {args.picture}")
@@ -215,22 +204,13 @@ def draw(
 
 def plot(result: dict, path: str) -> None:
     """Error against evaluations, a line for each sampler."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "matplotlib is missing: pip install 'improved-diffusion[plots]', or --picture ''"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     panels = [
         ("mixture", "path", "Mixture: distance to the exact ODE solution"),
         ("mixture", "distribution", "Mixture: distance to the data's distribution"),
         ("demo", "frechet", "Digits: Fréchet distance of pixels"),
     ]
     panels = [panel for panel in panels if panel[0] in result]
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 4.6))
+    figure, axes = pyplot().subplots(1, len(panels), figsize=(5 * len(panels), 4.6))
     names = list(DEFAULT_SPACING)
     for axis, (problem, key, title) in zip(np.atleast_1d(axes), panels, strict=True):
         for number, name in enumerate(names):

@@ -308,16 +308,15 @@ def _describe(loop: TrainLoop, data: TrainingData, flags: Flags) -> None:
 
 def _warn_of_validation(loop: TrainLoop, interval: int) -> None:
     """Say if what is measured on validation images will not all be in the log."""
-    rows, total = loop.log_interval, loop.total_steps or math.inf
-    last_row = (total - 1) // rows * rows
-    if total <= interval:
+    if (loop.total_steps or math.inf) <= interval:
         logger.warn(
             f"--val_interval {interval}: the run ends before validation images are measured"
         )
-    elif interval % rows or interval > last_row:
+    elif interval % loop.log_interval:
         logger.warn(
-            f"--val_interval {interval} is no multiple of --log_interval {rows}: a row of the log "
-            "holds the last measurement before it, and those after the last row are lost"
+            f"--val_interval {interval} is no multiple of --log_interval {loop.log_interval}: a "
+            "row of the log holds the last measurement before it, and those after the last row "
+            "are lost"
         )
 
 

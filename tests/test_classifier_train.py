@@ -205,6 +205,20 @@ def test_clean_images_have_one_timestep(train):
     assert not {"loss_q1", "loss_q3", "val_loss_q2"} & columns
 
 
+@pytest.mark.parametrize(
+    ("interval", "told"), [(1, "no multiple of --log_interval 2"), (2, ""), (4, "the run ends")]
+)
+def test_measurements_that_no_row_of_the_log_would_hold_are_warned_of(
+    tmp_path, digits_dir, run_script, interval, told
+):
+    flags = {**NETWORK, **TINY, "data_dir": digits_dir, "log_dir": "run", "val_fraction": 0.2}
+    flags |= {"iterations": 4, "log_interval": 2, "eval_interval": interval, "batch_size": 4}
+    done = succeed(run_script(SCRIPT, flags, cwd=tmp_path))
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("--val_interval")]
+    assert len(warnings) == bool(told), done.stdout
+    assert not told or told in warnings[0]
+
+
 def test_half_precision_is_that_of_every_training(train):
     folder = train(TINY, classifier_use_fp16=True)
     stored = config(folder)
