@@ -280,8 +280,8 @@ class QKVAttention(nn.Module):
         :param qkv: [B, 3 D, L]: D channels each of queries, keys and values.
         :return: [B, D, L].
         """
-        q, k, v = qkv.transpose(1, 2).chunk(3, dim=2)  # [B, L, D] each
-        # as [B, 1, L, D]: the fused kernels want a dimension of heads
+        # the fused kernels want channels that are neighbours in memory, and a dimension of heads
+        q, k, v = qkv.transpose(1, 2).contiguous().chunk(3, dim=2)  # [B, L, D] each
         h = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1))
         return h.squeeze(1).transpose(1, 2)
 

@@ -47,7 +47,10 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
+        half = x.dtype in (torch.bfloat16, torch.float16)
+        if not (half and x.device.type == "cpu"):  # whose kernel takes halves beside such weights
+            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
+        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:

@@ -172,6 +172,24 @@ def test_normalization_of_half_precision_computes_in_float32():
     assert layer(x.float()).dtype == torch.float32
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_normalization_of_half_precision_is_that_of_float32_rounded(dtype):
+    """Also its gradients; those of the weights stay float32."""
+    torch.manual_seed(0)
+    layer = normalization(64)
+    x = (1 + 3 * torch.randn(2, 64, 8, 8)).to(dtype)
+    gradient = torch.randn(2, 64, 8, 8).to(dtype)
+    results = []
+    for values in (x, x.float()):
+        values = values.clone().requires_grad_()
+        out = layer(values)
+        results.append((out, *torch.autograd.grad(out, [values, *layer.parameters()], gradient)))
+    spacing = torch.finfo(dtype).eps
+    for half, exact in zip(*results, strict=True):
+        error = (half.float() - exact).abs().max()
+        assert error <= (spacing * exact.abs().max() if half.dtype == dtype else 2e-3)
+
+
 @pytest.mark.parametrize(("channels", "nearest"), [(48, "32 or 64"), (100, "96 or 128"), (8, "32")])
 def test_normalization_of_other_channel_counts_is_an_error_with_the_nearest(channels, nearest):
     with pytest.raises(UserError) as error:

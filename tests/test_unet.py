@@ -314,6 +314,17 @@ def test_attention_is_the_textbook_formula(batch, channels, length):
     torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_fused(dtype):
+    """Its weights [L, L] are never in memory, in training neither."""
+    qkv = torch.randn(4, 3 * 16, 64, dtype=dtype, requires_grad=True)
+    with torch.profiler.profile() as profile:
+        QKVAttention()(qkv).sum().backward()
+    names = {event.key for event in profile.key_averages()}
+    assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
+    assert "aten::_softmax" not in names
+
+
 def test_attention_in_half_precision_survives_products_that_overflow_it():
     """Unscaled, the products here reach 64 * 40 * 40 = 102400; float16 ends at 65504."""
     torch.manual_seed(0)
