@@ -1,29 +1,91 @@
-"""What the benchmarks leave: results as JSON with where they were measured, and pictures."""
+"""What the benchmarks leave: results as JSON with their circumstances, tables and pictures."""
 
 import json
 import os
 import platform
+import subprocess
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
+import numpy as np
 import torch
 
 import improved_diffusion
 from improved_diffusion.errors import UserError
 
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
-def write_result(path: str, result: dict) -> None:
-    """Write a result with the versions and the machine that it was measured on, and say so."""
-    circumstances = {
+
+def write_result(path: str | os.PathLike, result: Mapping) -> None:
+    """Write a result as JSON with the circumstances it was measured in, and say so."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path, "w") as file:
+        json.dump({**result, "circumstances": circumstances()}, file, indent=1)
+    print(f"wrote {path}")
+
+
+def result_path(name: str) -> str:
+    """Where a result goes: results/NAME.json, and on a GPU results/NAME_CARD.json."""
+    card = f"_{device_name().replace(' ', '_')}" if torch.cuda.is_available() else ""
+    return str(RESULTS / f"{name}{card}.json")
+
+
+def circumstances() -> dict:
+    """Versions, machine, threads, load and commit, as they are when a result is written."""
+    return {
         "versions": {
             "improved_diffusion": improved_diffusion.__version__,
             "torch": torch.__version__,
+            "numpy": np.__version__,
             "python": platform.python_version(),
         },
-        "machine": {"processor": platform.machine(), "system": platform.system()},
+        "device": device_name(),
+        "system": platform.system(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
+        "threads": torch.get_num_threads(),
+        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
+        "commit": _commit(),
+        "date": time.strftime("%Y-%m-%d"),
     }
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with open(path, "w") as file:
-        json.dump({**result, **circumstances}, file, indent=1)
-    print(f"wrote {path}")
+
+
+def device_name() -> str:
+    """The name of the GPU, or of the processor."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    except OSError:
+        names = []
+    return names[0] if names else platform.machine()
+
+
+def _commit() -> str:
+    """The commit of the working tree, with a + if it has changed since; '' outside of git."""
+    git = ["git", "-C", str(ROOT)]
+    try:
+        name = subprocess.run(
+            [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        )
+        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    except OSError:
+        return ""
+    return name.stdout.strip() + ("+" if changed.stdout.strip() else "")
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table in Markdown."""
+    lines = [list(header), *([str(cell) for cell in row] for row in rows)]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    texts = [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    ]
+    texts.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(texts)
 
 
 def pyplot():

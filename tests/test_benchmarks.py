@@ -1,0 +1,92 @@
+"""What the benchmarks share: pairs, records, and the plain rendering that computes the same."""
+
+import json
+import time
+
+import pytest
+import torch
+from script_runner import load_module
+from test_unet import inputs, small_unet
+
+
+@pytest.fixture(scope="module")
+def measuring():
+    return load_module("benchmarks", "measuring")
+
+
+@pytest.fixture(scope="module")
+def records():
+    return load_module("benchmarks", "records")
+
+
+@pytest.fixture(scope="module")
+def plain():
+    return load_module("benchmarks", "plain_unet").plain
+
+
+def test_candidates_take_turns_and_the_first_round_does_not_count(measuring):
+    order = []
+    seconds = measuring.paired({n: lambda n=n: order.append(n) for n in "ab"}, rounds=3, warm_up=1)
+    assert order == ["a", "b"] * 4
+    assert [len(times) for times in seconds.values()] == [3, 3]
+
+
+def test_speedup_is_the_median_of_the_rounds_ratios(measuring):
+    seconds = {"ours": [1.0, 10.0, 1.0], "theirs": [2.0, 30.0, 1.5]}
+    assert measuring.speedup(seconds, of="ours", against="theirs")["median"] == 2.0
+    assert measuring.speedup({"a": [1.0], "b": [3.0]}, of="a", against="b")["low"] == 3.0
+
+
+def test_time_is_that_of_the_call(measuring):
+    (taken,) = measuring.paired({"a": lambda: time.sleep(0.05)}, rounds=1, warm_up=0)["a"]
+    assert 0.05 <= taken < 5
+
+
+def test_a_candidate_may_time_itself(measuring):
+    assert measuring.paired({"a": lambda: 7.5}, rounds=2)["a"] == [7.5, 7.5]
+
+
+def test_record_tells_the_circumstances(records, tmp_path):
+    records.write_result(tmp_path / "x.json", {"numbers": [1, 2]})
+    stored = json.loads((tmp_path / "x.json").read_text())
+    assert stored["numbers"] == [1, 2]
+    about = stored["circumstances"]
+    assert about["threads"] == torch.get_num_threads()
+    assert about["versions"]["torch"] == torch.__version__
+    assert about["device"]
+    assert about["commit"]
+
+
+def test_peak_is_more_than_a_single_product_reaches(measuring):
+    peak = measuring.matmul_peak(torch.float32, torch.device("cpu"), seconds=0.2)
+    assert 1e8 < peak < 1e15
+
+
+def test_memory_is_what_a_call_adds(measuring):
+    added = measuring.added_memory(lambda: torch.ones(16 << 20))
+    assert 48 << 20 < added < 128 << 20
+
+
+def test_unknown_configuration_is_named():
+    with pytest.raises(ValueError, match="--configs tiny: choose among small, cifar10"):
+        load_module("benchmarks", "configurations").chosen("small,tiny")
+
+
+def test_table_has_a_row_for_each(records):
+    assert records.table(["a", "long"], [[1, 2]]) == "| a | long |\n|---|------|\n| 1 | 2    |"
+
+
+@pytest.mark.parametrize("options", [{}, {"num_classes": 3, "use_scale_shift_norm": True}])
+def test_plain_rendering_computes_the_same(plain, options):
+    """Outputs and gradients, from the same weights under the same keys."""
+    ours = small_unet(**options).train()
+    theirs = plain(ours)
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    kinds = {type(module).__name__ for module in theirs.modules()}
+    assert {"PlainSiLU", "PlainGroupNorm", "PlainAttention"} <= kinds
+    assert not {"SiLU", "GroupNorm32", "QKVAttention"} & kinds
+    x, t = inputs()
+    y = {"y": torch.tensor([0, 2])} if "num_classes" in options else {}
+    torch.testing.assert_close(theirs(x, t, **y), ours(x, t, **y), rtol=1e-4, atol=1e-5)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert torch.equal(a, b), name
