@@ -13,7 +13,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from improved_diffusion.blocks import QKVAttention
+from improved_diffusion.blocks import AttentionBlock
 from improved_diffusion.nn import GroupNorm32, SiLU
 
 
@@ -25,26 +25,58 @@ class PlainSiLU(nn.Module):
 
 
 class PlainGroupNorm(nn.GroupNorm):
-    """Group normalisation between a cast to float32 and a cast back."""
+    """Group normalisation between a cast to float32 and a cast back.
+
+    :param layer: of which it is a copy.
+    """
+
+    def __init__(self, layer: GroupNorm32) -> None:
+        super().__init__(layer.num_groups, layer.num_channels, layer.eps)
+        self.load_state_dict(layer.state_dict())
+        self.to(layer.weight.device)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).type(x.dtype)
 
 
 class PlainAttention(nn.Module):
-    """Attention by its formula, [B, 3 D, L] -> [B, D, L], with all weights in memory."""
+    """Self-attention by its formula, with all weights in memory; the keys of ours.
 
-    def forward(self, qkv: Tensor) -> Tensor:
+    :param block: of which it is a copy.
+    """
+
+    def __init__(self, block: AttentionBlock) -> None:
+        super().__init__()
+        self.num_heads = block.num_heads
+        self.norm = PlainGroupNorm(block.norm)
+        self.qkv = plain_conv(block.qkv)
+        self.proj_out = plain_conv(block.proj_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, *spatial = x.shape
+        x = x.reshape(n, c, -1)
+        qkv = self.qkv(self.norm(x)).reshape(n * self.num_heads, -1, x.shape[2])
         d = qkv.shape[1] // 3
         q, k, v = torch.split(qkv, d, dim=1)
         scale = 1 / math.sqrt(math.sqrt(d))  # on both sides: steadier in half precision
         weight = torch.einsum("bdt,bds->bts", q * scale, k * scale)
         weight = torch.softmax(weight.float(), dim=-1).type(weight.dtype)
-        return torch.einsum("bts,bds->bdt", weight, v)
+        h = torch.einsum("bts,bds->bdt", weight, v).reshape(n, c, -1)
+        return (x + self.proj_out(h)).reshape(n, c, *spatial)
+
+
+def plain_conv(layer: nn.Conv1d) -> nn.Conv1d:
+    """The same 1-wide convolution as torch's own layer."""
+    own = nn.Conv1d(layer.in_channels, layer.out_channels, 1)
+    own.load_state_dict(layer.state_dict())
+    return own.to(layer.weight.device)
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy of one of our networks, with the same weights, in textbook operations."""
+    """A copy of one of our networks, with the same weights, in textbook operations.
+
+    Its attention is that of ``use_new_attention_order=False``.
+    """
     return _replaced(copy.deepcopy(model))
 
 
@@ -52,12 +84,10 @@ def _replaced(module: nn.Module) -> nn.Module:
     for name, child in module.named_children():
         if isinstance(child, SiLU):
             setattr(module, name, PlainSiLU())
-        elif isinstance(child, QKVAttention):
-            setattr(module, name, PlainAttention())
+        elif isinstance(child, AttentionBlock):
+            setattr(module, name, PlainAttention(child))
         elif isinstance(child, GroupNorm32):
-            own = PlainGroupNorm(child.num_groups, child.num_channels, child.eps)
-            own.load_state_dict(child.state_dict())
-            setattr(module, name, own)
+            setattr(module, name, PlainGroupNorm(child))
         else:
             _replaced(child)
     return module
