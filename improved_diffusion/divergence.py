@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from . import dist_util, parallel
+from .compiling import not_compiled
 from .image_datasets import Seekable
 from .optimization import PRECISIONS, autocast
 
@@ -20,9 +21,13 @@ LOWERED_RATE = 0.1  # factor of the learning rate after going back
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether every element is finite; one synchronisation."""
+    """Whether every element is finite; one synchronisation if they are."""
+    tensors = [t for t in tensors if t.is_floating_point() or t.is_complex()]  # others always are
+    # The norm reads each element once, and no bad one escapes it; finite ones may overflow it
+    if bool(nn.utils.get_total_norm(tensors).isfinite()):
+        return True
     checks = [tensor.isfinite().all() for tensor in tensors]
-    return bool(torch.stack(checks).all()) if checks else True
+    return bool(torch.stack(checks).all())
 
 
 def first_nonfinite_layer(model: nn.Module, compute: Callable[[], Tensor]) -> str:
@@ -74,7 +79,7 @@ def divergence_report(loop: TrainLoop, batch: Batch, cond: Cond) -> dict[str, An
             losses.append(loop.losses(model, micro, t, micro_cond, part)["loss"])
         return torch.cat(losses)
 
-    with torch.no_grad():
+    with torch.no_grad(), not_compiled():
         layer = first_nonfinite_layer(loop.model, compute)
     first = loop.images - loop.global_batch + dist_util.get_rank() * loop.batch_size
     return {

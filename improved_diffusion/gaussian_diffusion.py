@@ -128,8 +128,8 @@ class GaussianDiffusion(GaussianSampling):
         terms = {}
         output = self._evaluate(model, x_t, t, model_kwargs)
         if self._learns_variance:
-            terms["vb"] = self._variance_loss(output, x_start, x_t, t)
-            output, _ = output.chunk(2, dim=1)
+            output, values = output.chunk(2, dim=1)
+            terms["vb"] = self._variance_loss(output.detach(), values, x_start, x_t, t)
         target = self._target(x_start, x_t, t, noise)
         assert output.shape == target.shape == x_start.shape
         terms["mse"] = mean_flat((target - output) ** 2)
@@ -157,15 +157,16 @@ class GaussianDiffusion(GaussianSampling):
         )
 
     def _variance_loss(
-        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
+        self, frozen_mean: Tensor, values: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
         """The bound's term as it trains the variance alone: IDDPM section 3.1, eq. 16.
 
+        :param frozen_mean: the model's prediction, through which no gradient goes.
+        :param values: what it says of the variance.
         :return: [N] bits/dim; times T / 1000 for RESCALED_MSE: T times one term estimates the
             whole bound, which eq. 16 weighs by lambda = 0.001.
         """
-        mean, values = model_output.chunk(2, dim=1)
-        frozen = torch.cat([mean.detach(), values], dim=1)
+        frozen = torch.cat([frozen_mean, values], dim=1)
         bound = self._vb_terms_bpd(
             lambda *_: frozen, x_start=x_start, x_t=x_t, t=t, clip_denoised=False
         )["output"]
@@ -193,10 +194,8 @@ class GaussianDiffusion(GaussianSampling):
             model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
         )
         kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
-        decoder_nll = -discretized_gaussian_log_likelihood(
-            x_start, means=out["mean"], log_scales=0.5 * out["log_variance"]
-        )
-        output = torch.where(t == 0, mean_flat(decoder_nll), mean_flat(kl)) / math.log(2)
+        nats = _or_decoder_nll(mean_flat(kl), x_start, out["mean"], out["log_variance"], t)
+        output = nats / math.log(2)
         return {"output": output, "pred_xstart": out["pred_xstart"]}
 
     def _prior_bpd(self, x_start: Tensor) -> Tensor:
@@ -249,3 +248,27 @@ class GaussianDiffusion(GaussianSampling):
             "prior_bpd": prior_bpd,
             **terms,
         }
+
+
+def _or_decoder_nll(
+    kl: Tensor, x_start: Tensor, mean: Tensor, log_variance: Tensor, t: Tensor
+) -> Tensor:
+    """KL divergences [N] in nats, or where t = 0 the decoder's: DDPM eq. 5, L_{t-1} and L_0.
+
+    On a CPU L_0 is computed for the few images at t = 0; elsewhere for all, as the host would have
+    to wait for the device to know which they are.
+    """
+    if t.device.type != "cpu":
+        return torch.where(t == 0, _decoder_nll(x_start, mean, log_variance), kl)
+    first = [i for i, step in enumerate(t.tolist()) if step == 0]
+    if not first:
+        return kl
+    nll = _decoder_nll(x_start[first], mean[first], log_variance[first])
+    return kl.index_put((torch.tensor(first),), nll)
+
+
+def _decoder_nll(x_start: Tensor, mean: Tensor, log_variance: Tensor) -> Tensor:
+    """L_0 of DDPM eq. 5 for 8-bit images: [N, C, ...] each to [N] in nats."""
+    return -mean_flat(
+        discretized_gaussian_log_likelihood(x_start, means=mean, log_scales=0.5 * log_variance)
+    )

@@ -19,6 +19,7 @@ PRECISIONS: dict[str, torch.dtype | None] = {
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
 }
+HOW_IT_COMPUTES = ("foreach", "fused")  # in an optimiser's groups
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,44 @@ def autocast(
             return model(*args, **kwargs).float()
 
     return forward
+
+
+def make_optimizer(params: Sequence[Tensor], lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW; its update is one operation on all parameters where torch has one for their device."""
+    fused = True if _fuses(params) else None
+    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay, fused=fused)
+
+
+def _fuses(params: Sequence[Tensor]) -> bool:
+    """Try the fused update, on a number of each device and type."""
+    kinds = {(param.device, param.dtype) for param in params}
+    numbers = [torch.zeros(1, device=device, dtype=dtype) for device, dtype in kinds]
+    for number in numbers:
+        number.grad = torch.zeros_like(number)
+    try:
+        torch.optim.AdamW(numbers, fused=True).step()
+    except RuntimeError:
+        return False
+    return True
+
+
+def portable_state(opt: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state to be stored, which does not say how this machine computes."""
+    state = opt.state_dict()
+    unset = dict.fromkeys(HOW_IT_COMPUTES)
+    return {**state, "param_groups": [{**group, **unset} for group in state["param_groups"]]}
+
+
+def load_portable_state(opt: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load a stored state into an optimiser that goes on computing as it was made to.
+
+    :raises ValueError: if the state is that of other parameters; as other errors of torch's.
+    """
+    how = {key: opt.param_groups[0][key] for key in HOW_IT_COMPUTES}
+    # beforehand: it decides on which device the counts of steps are
+    opt.load_state_dict(
+        {**state, "param_groups": [{**group, **how} for group in state["param_groups"]]}
+    )
 
 
 def clip_gradients(grads: Sequence[Tensor], norm: Tensor, max_norm: float) -> None:

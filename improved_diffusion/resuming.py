@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import checkpoint, dist_util, logger, parallel, sharded, state_dicts
 from .errors import UserError
 from .image_datasets import Seekable
+from .optimization import load_portable_state, portable_state
 from .resample import LossAwareSampler
 from .webdata import Reshuffled
 
@@ -107,7 +108,7 @@ def _load_optimizer(loop: TrainLoop, files: _Files) -> None:
     try:
         stored_lr = state["param_groups"][0]["lr"]
         updates = {int(entry["step"]) for entry in state["state"].values()}
-        loop.opt.load_state_dict(_shared(state, loop.master_params))
+        load_portable_state(loop.opt, _shared(state, loop.master_params))
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(
             f"'{path}' does not fit this run's optimiser ({error}): was --use_fp16 the same?"
@@ -190,7 +191,7 @@ def checkpoint_files(loop: TrainLoop, step: int) -> dict[str, Any]:
     """
     files = {
         checkpoint.state_name(step): _run_state(loop),
-        checkpoint.opt_name(step): loop.opt.state_dict(),
+        checkpoint.opt_name(step): portable_state(loop.opt),
     }
     for rate, params in zip(loop.ema_rate, loop.ema_params, strict=True):
         files[checkpoint.ema_name(rate, step)] = loop.state_dict_of(params)

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from . import checkpoint, dist_util, liveness, sharded
 from .errors import UserError
 from .flags import option, require_at_least
+from .parallel import is_sharded, local
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class Saver:
     """Writes checkpoints, one at a time.
 
     Inside a ``with`` block a thread writes them, and training goes on as soon as the tensors are
-    copied; outside, :meth:`save` returns when the checkpoint counts.
+    copied, into memory of the host that is kept for the next time; outside, :meth:`save` returns
+    when the checkpoint counts.
 
     :param options: when to save, and what to keep.
     :param group: of processes that write their shares together, for this alone; None if the first
@@ -58,6 +61,7 @@ class Saver:
         self.group = group
         self._thread: ThreadPoolExecutor | None = None
         self._writing: Future[None] | None = None
+        self._copies = _HostCopies()
         self._last = time.monotonic()
 
     @property
@@ -83,7 +87,7 @@ class Saver:
         if self._thread is None:
             self._write(folder, step, files)
         else:
-            copies = {name: _copy(value) for name, value in files.items()}
+            copies = self._copies.of(dict(files))  # the thread is done with those before
             self._writing = self._thread.submit(self._write, folder, step, copies)
 
     @liveness.finishing()
@@ -122,16 +126,59 @@ class Saver:
         assert self._thread is not None
         self._thread.shutdown()  # finishes the checkpoint that is being written
         self._thread = None
+        self._copies = _HostCopies()
         if kind is None:
             self.wait()
 
 
-def _copy(value: Any) -> Any:
-    """The same dicts, lists and numbers, with copies of the tensors in the host's memory."""
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", copy=True)
-    if isinstance(value, dict):
-        return {key: _copy(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(_copy(entry) for entry in value)
-    return value
+_Kind = tuple[Any, ...]
+
+
+class _HostCopies:
+    """Copies of tensors, in memory of the host that the next copies use again.
+
+    In fresh memory the system clears every page at its first touch, which takes several times as
+    long as the copying.
+    """
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[_Kind, Tensor]] = []
+
+    def of(self, value: Any) -> Any:
+        """The same dicts, lists and numbers, with copies of the tensors; it ends those before."""
+        spare: dict[_Kind, list[Tensor]] = {}
+        for kind, tensor in self._kept:
+            spare.setdefault(kind, []).append(tensor)
+        self._kept = []
+        used_again: list[Tensor] = []
+        sources: list[Tensor] = []
+
+        def visit(value: Any) -> Any:
+            if isinstance(value, Tensor):
+                value = value.detach()
+                kind = _kind_of(value)
+                if spare.get(kind):
+                    copy = spare[kind].pop()
+                    used_again.append(copy)
+                    sources.append(value)
+                else:
+                    copy = value.to("cpu", copy=True)
+                self._kept.append((kind, copy))
+                return copy
+            if isinstance(value, dict):
+                return {key: visit(entry) for key, entry in value.items()}
+            if isinstance(value, list | tuple):
+                return type(value)(visit(entry) for entry in value)
+            return value
+
+        copies = visit(value)
+        if sources:
+            torch._foreach_copy_(local(used_again), local(sources))
+        return copies
+
+
+def _kind_of(tensor: Any) -> _Kind:
+    """What tensors have in common that may follow each other in the same memory."""
+    strides = tensor.stride() if tensor.layout is torch.strided else tensor.layout
+    placed = (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else ()
+    return (type(tensor), tensor.dtype, tensor.shape, strides, *placed)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
-import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -17,96 +14,30 @@ from torch import Tensor, nn
 
 from . import checkpoint, dist_util, liveness, logger
 from .checkpoint import parse_resume_step_from_filename as parse_resume_step_from_filename
-from .divergence import LOWERED_RATE, PATIENCE, all_finite, divergence_report, most_telling
-from .errors import Diverged, RunAgain, Stop, UserError
+from .divergence import LOWERED_RATE, PATIENCE, divergence_report, most_telling
+from .errors import Diverged, RunAgain, Stop
 from .files import write_file
-from .flags import numbers, option, require, require_at_least
-from .fp16_util import (
-    make_master_params,
-    master_params_to_model_params,
-    model_grads_to_master_grads,
-    unflatten_master_params,
-    zero_grad,
-)
+from .fp16_util import master_params_to_model_params, model_grads_to_master_grads, zero_grad
 from .gaussian_diffusion import Model
-from .nn import update_ema
 from .objectives import Objective
-from .optimization import (
-    PRECISIONS,
-    OptimizationOptions,
-    autocast,
-    check_precision,
-    clip_gradients,
-)
-from .parallel import ParallelOptions, host_group, like, local, no_sync, replicate, shard, whole
-from .posthoc_ema import gamma_of, parse_sigma_rels, power_rate
+from .optimization import OptimizationOptions, autocast, check_precision, clip_gradients
+from .parallel import ParallelOptions, host_group, local, no_sync, replicate, whole
+from .posthoc_ema import parse_sigma_rels
 from .progress import Progress
-from .resample import SCHEDULE_SAMPLERS, LossAwareSampler, ScheduleSampler, UniformSampler
+from .resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from .resuming import checkpoint_files, restore
 from .rng import StepDraws, seed_everything
 from .saving import Saver, SavingOptions
 from .stopping import Bounds, StopSignals
+from .trained_weights import TrainedWeights
+from .training_options import TrainOptions as TrainOptions
+from .training_options import check_class_dropout as check_class_dropout
+from .training_options import parse_ema_rates as parse_ema_rates
 
 INITIAL_LOG_LOSS_SCALE = 20.0  # log2: 1e6 brings typical gradients into float16's range
 
 Batch = Tensor
 Cond = dict[str, Tensor]
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train; see :class:`TrainLoop`."""
-
-    schedule_sampler: str = option(
-        "uniform", f"which timesteps to train on: {', '.join(SCHEDULE_SAMPLERS)}"
-    )
-    lr: float = option(1e-4, "learning rate")
-    weight_decay: float = option(0.0, "AdamW's weight decay")
-    lr_anneal_steps: int = option(
-        0, "train this many steps while the learning rate falls to 0; 0: no such bound"
-    )
-    batch_size: int = option(1, "images per step and process")
-    microbatch: int = option(-1, "images per forward pass, to save memory; -1: the whole batch")
-    ema_rate: str = option("0.9999", "rates of the averaged weights, separated by commas")
-    posthoc_ema: str = option(
-        "",
-        "relative widths of power-function averages to keep, such as 0.05,0.1: ema_reconstruct.py "
-        "makes others of them; '': none",
-    )
-    log_interval: int = option(10, "steps between rows of the log")
-    save_interval: int = option(10000, "steps between checkpoints")
-    resume_checkpoint: str = option(
-        "",
-        "any file of a checkpoint, or a folder of them, to start from; '': the newest of the run "
-        "folder, if there is one",
-    )
-    use_fp16: bool = option(False, "compute in float16 with a scaled loss")
-    fp16_scale_growth: float = option(1e-3, "growth of the loss scale's log2 per step")
-
-    def __post_init__(self) -> None:
-        require(
-            self.schedule_sampler in SCHEDULE_SAMPLERS,
-            "schedule_sampler",
-            self.schedule_sampler,
-            " or ".join(SCHEDULE_SAMPLERS),
-        )
-        require(0 < self.lr < math.inf, "lr", self.lr, "above 0")
-        require_at_least(0, self, ["weight_decay", "lr_anneal_steps", "fp16_scale_growth"])
-        require_at_least(1, self, ["batch_size", "log_interval", "save_interval"])
-        micro = self.microbatch
-        require(micro == -1 or micro >= 1, "microbatch", micro, "at least 1, or -1 for no split")
-        parse_ema_rates(self.ema_rate)
-        parse_sigma_rels(self.posthoc_ema)
-
-
-def parse_ema_rates(ema_rate: str | float) -> list[float]:
-    """Read EMA rates: a number, or a text of numbers separated by commas.
-
-    :raises ValueError: for a rate outside (0, 1), or none.
-    """
-    rates = numbers("ema_rate", str(ema_rate), float)
-    require(bool(rates) and all(0 < r < 1 for r in rates), "ema_rate", ema_rate, "in (0, 1)")
-    return rates
 
 
 class Watcher(Protocol):
@@ -118,7 +49,7 @@ class Watcher(Protocol):
         """Look; every process calls it after the same step."""
 
 
-class TrainLoop:
+class TrainLoop(TrainedWeights):
     """Trains a diffusion model until a bound is reached, or for ever.
 
     With several processes their gradients are averaged. Checkpoints go to the run folder: a file
@@ -190,28 +121,47 @@ class TrainLoop:
         watchers: Sequence[Watcher] = (),
         flags: Mapping[str, Any] | None = None,
     ) -> None:
-        self.model = model
         self.diffusion = diffusion
         self.data = data
         self.batch_size = batch_size
         self.microbatch = microbatch if microbatch > 0 else batch_size
         self.lr = lr
-        self.ema_rate = parse_ema_rates(ema_rate)
         self.log_interval = log_interval
         self.save_interval = save_interval
-        self.use_fp16 = use_fp16
         self.fp16_scale_growth = fp16_scale_growth
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
         self.weight_decay = weight_decay
         self.lr_anneal_steps = lr_anneal_steps
         self.seed = seed
         self.bounds = bounds
-        self.optimization = optimization
-        self.parallel = parallel
         self.class_dropout = class_dropout
         self.watchers = watchers
         self.flags = dict(flags or {})
+        self._count_from_zero()
 
+        self.device = dist_util.dev() if parallel.sharded else next(model.parameters()).device
+        parallel.check(dist_util.get_world_size(), use_fp16)
+        check_precision(optimization, use_fp16, self.device)
+        check_class_dropout(model, class_dropout)
+        self._saver = Saver(saving, host_group() if parallel.sharded else None)
+        super().__init__(
+            model,
+            optimization,
+            parallel,
+            use_fp16,
+            lr,
+            weight_decay,
+            parse_ema_rates(ema_rate),
+            parse_sigma_rels(posthoc_ema),
+        )
+        self._go_on(resume_checkpoint)
+        self.total_steps = bounds.total_steps(
+            lr_anneal_steps, self.global_batch, self.global_step, self.images
+        )
+        optimization.lr_factor(0, lr_anneal_steps, self.total_steps)  # refuses contradictions
+        self._wrap_network()
+
+    def _count_from_zero(self) -> None:
         self.step = 0  # since resume_step
         self.resume_step = 0
         self.steps_done = 0  # over all sittings; in a step it is global_step
@@ -221,21 +171,15 @@ class TrainLoop:
         self.lr_scale = 1.0  # lowered when the run goes back after non-finite gradients
         self.skipped = 0  # steps without an update
         self.skipped_in_row = 0
-        self.global_batch = batch_size * dist_util.get_world_size()
+        self.global_batch = self.batch_size * dist_util.get_world_size()
         self.pending_losses: list[tuple[Tensor, dict[str, Tensor]]] = []
         self.timesteps: list[Tensor] = []  # of the last step
         self._loss_finite = torch.tensor(True)  # in the last step
         self._last_saved = -1
         self._stopping = False  # all processes have agreed to stop after this step
 
-        self.device = dist_util.dev() if parallel.sharded else next(model.parameters()).device
-        parallel.check(dist_util.get_world_size(), use_fp16)
-        check_precision(optimization, use_fp16, self.device)
-        check_class_dropout(model, class_dropout)
-        self._saver = Saver(saving, host_group() if parallel.sharded else None)
-        self._make_weights(lr, weight_decay)
-        self.posthoc_widths = parse_sigma_rels(posthoc_ema)
-        self.posthoc_params = [copy.deepcopy(self.master_params) for _ in self.posthoc_widths]
+    def _go_on(self, resume_checkpoint: str) -> None:
+        """Go on from a checkpoint, or from the run folder's newest, or begin."""
         self.resume_checkpoint = (
             checkpoint.locate(resume_checkpoint) if resume_checkpoint else find_resume_checkpoint()
         ) or ""
@@ -244,30 +188,6 @@ class TrainLoop:
             self._set_newer_aside()
         else:
             logger.rewind(0)  # rows of a sitting that ended before its first checkpoint
-        self.total_steps = bounds.total_steps(
-            lr_anneal_steps, self.global_batch, self.global_step, self.images
-        )
-        optimization.lr_factor(0, lr_anneal_steps, self.total_steps)  # refuses contradictions
-
-        self._wrap_network()
-
-    def _make_weights(self, lr: float, weight_decay: float) -> None:
-        """Equal weights on all processes; what the optimiser updates; and their averages."""
-        dist_util.sync_params(self.model.parameters())
-        if self.parallel.sharded:
-            shard(self.model, self.parallel, self._dtype)
-        self.model_params = list(self.model.parameters())
-        self.master_params = self.model_params
-        if self.use_fp16:
-            self.master_params = make_master_params(self.model_params)
-            self.model.convert_to_fp16()  # type: ignore[operator]
-        self.opt = torch.optim.AdamW(self.master_params, lr=lr, weight_decay=weight_decay)
-        self.ema_params = [copy.deepcopy(self.master_params) for _ in self.ema_rate]
-
-    @property
-    def _dtype(self) -> torch.dtype | None:
-        """What autocast computes in; None for the type of the weights."""
-        return None if self.use_fp16 else PRECISIONS[self.optimization.precision or "fp32"]
 
     def _wrap_network(self) -> None:
         """The network as the losses see it: on all processes, and in the precision asked for."""
@@ -396,7 +316,7 @@ class TrainLoop:
         """Leave the gradient of the batch's mean loss on the model's parameters."""
         zero_grad(self.model_params)
         self.timesteps.clear()
-        self._loss_finite = torch.tensor(True, device=self.device)
+        self._loss_finite = torch.ones((), dtype=torch.bool, device=self.device)
         for part, micro, micro_cond in self.microbatches(batch, cond):
             t, weights = self._sample_timesteps(len(micro), part)
             last = part.stop == len(batch)
@@ -496,13 +416,7 @@ class TrainLoop:
         return True
 
     def _update_ema(self) -> None:
-        weights = local(self.master_params)
-        for rate, params in zip(self.ema_rate, self.ema_params, strict=True):
-            rate = self.optimization.ema_rate(rate, self.global_step)
-            update_ema(local(params), weights, rate=rate)
-        for width, params in zip(self.posthoc_widths, self.posthoc_params, strict=True):
-            rate = power_rate(self.steps_done + 1 - self.skipped, gamma_of(width))
-            update_ema(local(params), weights, rate=rate)
+        self._update_averages(self.global_step, self.steps_done + 1 - self.skipped)
 
     def _anneal_lr(self) -> None:
         if self.lr_anneal_steps or self.optimization.changes_lr or self.lr_scale != 1:
@@ -511,9 +425,6 @@ class TrainLoop:
             )
             for group in self.opt.param_groups:
                 group["lr"] = self.lr * factor * self.lr_scale
-
-    def _gradients(self) -> list[Tensor]:
-        return [param.grad for param in self.master_params if param.grad is not None]
 
     # -- divergence ---------------------------------------------------------------------------
 
@@ -601,60 +512,6 @@ class TrainLoop:
                 )
         if not self._saver.in_background:
             dist_util.barrier()
-
-    def _weights_finite(self) -> bool:
-        """Whether weights and averages are; of a shared model, all shares of them."""
-        averages = [*self.ema_params, *self.posthoc_params]
-        weights = [param for params in (self.master_params, *averages) for param in params]
-        finite = all_finite(local(weights))
-        return not dist_util.any_rank(not finite)[0] if self.parallel.sharded else finite
-
-    def _unflattened(self, master_params: list[nn.Parameter]) -> list[Tensor]:
-        if self.use_fp16:
-            return unflatten_master_params(self.model_params, master_params)
-        return [param.detach() for param in master_params]
-
-    def state_dict_of(self, master_params: list[nn.Parameter]) -> dict[str, Tensor]:
-        """The model's state dict with other values for its parameters, as float32."""
-        state = self.model.state_dict()
-        names = [name for name, _ in self.model.named_parameters()]
-        state.update(zip(names, self._unflattened(master_params), strict=True))
-        return state
-
-    @torch.no_grad()
-    def fill_from(self, state: dict[str, Tensor], master_params: list[nn.Parameter]) -> None:
-        """Overwrite parameters, in place, by those of a state dict."""
-        names = [name for name, _ in self.model.named_parameters()]
-        for name, param in zip(names, self._unflattened(master_params), strict=True):
-            param.copy_(like(param, state[name]))
-
-    @contextlib.contextmanager
-    def averaged_model(self) -> Iterator[nn.Module]:
-        """The model with the first EMA's weights, inside a ``with`` block."""
-        trained = [param.detach().clone() for param in self.model_params]
-        self._fill_model(self._unflattened(self.ema_params[0]))
-        try:
-            yield self.model
-        finally:
-            self._fill_model(trained)
-
-    @torch.no_grad()
-    def _fill_model(self, values: Sequence[Tensor]) -> None:
-        for param, value in zip(self.model_params, values, strict=True):
-            param.copy_(value)
-
-
-def check_class_dropout(model: nn.Module, class_dropout: float) -> None:
-    """Refuse a share of labels to drop that the model cannot learn from.
-
-    :raises ValueError: for a share outside of [0, 1), or a model without a null class.
-    """
-    require(0 <= class_dropout < 1, "class_dropout", class_dropout, "at least 0 and below 1")
-    if class_dropout and getattr(model, "null_class", None) is None:
-        raise UserError(
-            f"--class_dropout {class_dropout} needs a model of classes with one for no class: give "
-            "--class_cond True, and make the network with null_class=True"
-        )
 
 
 def get_blob_logdir() -> str:

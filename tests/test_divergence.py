@@ -12,7 +12,7 @@ from script_runner import TESTS, names
 from workers.diverging_train import LAYER, make_loop, plant
 
 from improved_diffusion import checkpoint, logger
-from improved_diffusion.divergence import LOWERED_RATE, PATIENCE
+from improved_diffusion.divergence import LOWERED_RATE, PATIENCE, all_finite
 from improved_diffusion.errors import Diverged
 from improved_diffusion.stopping import Bounds
 
@@ -47,6 +47,22 @@ def assert_saved_weights_are_finite(folder):
 
 def bounds(steps):
     return Bounds(train_steps=steps)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_one_bad_element_is_found(bad, dtype):
+    values = torch.ones(1000, dtype=dtype)
+    assert all_finite([torch.ones(3), values])
+    values[637] = bad
+    assert not all_finite([torch.ones(3), values])
+
+
+def test_large_elements_are_finite():
+    """Also where their norm is not."""
+    assert all_finite([torch.full((9,), 3e38), torch.full((9,), 6e4).half(), torch.ones(2).int()])
+    assert all_finite([torch.empty(0)])
+    assert all_finite([])
 
 
 # -- one process ------------------------------------------------------------------------------

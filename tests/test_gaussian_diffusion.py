@@ -25,6 +25,11 @@ from improved_diffusion.gaussian_diffusion import (
     ModelMeanType,
     ModelVarType,
 )
+from improved_diffusion.losses import (
+    discretized_gaussian_log_likelihood,
+    mean_flat,
+    normal_kl,
+)
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.rng import sample_generators
 from improved_diffusion.tables import _extract_into_tensor
@@ -380,6 +385,42 @@ def test_bound_as_the_loss_trains_mean_and_variance(loss, var, x_start, noise):
     terms = make_diffusion(var=var, loss=loss).training_losses(model, x_start, t, noise=noise)
     for gradient in model.gradients(terms["loss"]):
         assert all(image.any() for image in gradient)
+
+
+@pytest.mark.parametrize("steps", [[0, 7, 0, 31], [5, 7, 1, 31], [0, 0, 0, 0]])
+@pytest.mark.parametrize("loss", ["KL", "MSE"])
+def test_bound_is_the_decoders_at_0_and_a_divergence_elsewhere(loss, steps, x_start, noise):
+    """Values and gradients, though only what is needed of either is computed."""
+    diffusion = make_diffusion(var="LEARNED_RANGE", loss=loss)
+    model, t = Output(x_start), torch.tensor(steps)
+    terms = diffusion.training_losses(model, x_start, t, noise=noise)
+    found = terms["loss"] if loss == "KL" else terms["vb"]
+
+    output, x_t = model.value, diffusion.q_sample(x_start, t, noise)
+    if loss == "MSE":  # the bound trains the variance alone
+        mean, values = output.chunk(2, dim=1)
+        output = torch.cat([mean.detach(), values], dim=1)
+    p = diffusion.p_mean_variance(lambda *_: output, x_t, t, clip_denoised=False)
+    mean, _, log_variance = diffusion.q_posterior_mean_variance(x_start, x_t, t)
+    kl = normal_kl(mean, log_variance, p["mean"], p["log_variance"])
+    nll = -discretized_gaussian_log_likelihood(
+        x_start, means=p["mean"], log_scales=0.5 * p["log_variance"]
+    )
+    expected = torch.where(t == 0, mean_flat(nll), mean_flat(kl)) / math.log(2)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=0)
+    for ours, theirs in zip(model.gradients(found), model.gradients(expected), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
+
+
+def test_bound_reads_no_timesteps_of_a_device(x_start, noise, t):
+    """A read would raise, as there are no values on the device meta."""
+    diffusion = make_diffusion(var="LEARNED_RANGE")
+    x_start, noise, t = (tensor.to("meta") for tensor in (x_start, noise, t))
+    output = torch.cat([noise, noise], dim=1).requires_grad_()
+    terms = diffusion.training_losses(lambda x, t: output, x_start, t, noise=noise)
+    terms["loss"].sum().backward()
+    assert terms["vb"].shape == (len(x_start),)
+    assert output.grad.shape == output.shape
 
 
 @pytest.mark.parametrize("steps", [50, 400])

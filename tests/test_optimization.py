@@ -15,6 +15,9 @@ from improved_diffusion.optimization import (
     autocast,
     check_precision,
     clip_gradients,
+    load_portable_state,
+    make_optimizer,
+    portable_state,
 )
 
 CPU = torch.device("cpu")
@@ -130,6 +133,84 @@ def test_warmed_up_average_forgets_the_start():
     assert [options.ema_rate(0.99, step) for step in steps] == [0.1, 2 / 11, 0.91, 0.99]
     left = math.prod(options.ema_rate(0.9999, step) for step in range(1000))
     assert left < 1e-20  # rather than 0.9999**1000 = 90% of the initial weights
+
+
+# -- the optimiser
+
+
+def parameters(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.nn.Parameter(torch.randn(s, generator=generator)) for s in [(3,), (2, 4), ()]]
+
+
+def take_steps(opt, count):
+    """Steps with gradients that depend on the parameters."""
+    for _ in range(count):
+        for param in opt.param_groups[0]["params"]:
+            param.grad = torch.sin(7 * param.detach() + 1)
+        opt.step()
+
+
+def plain_adamw(params, lr=1e-2, weight_decay=0.1):
+    """As the optimiser was made before it was fused."""
+    return torch.optim.AdamW(params, lr=lr, weight_decay=weight_decay)
+
+
+def test_update_is_fused_and_that_of_adamw():
+    ours, theirs = parameters(), parameters()
+    opt = make_optimizer(ours, 1e-2, 0.1)
+    assert opt.defaults["fused"]
+    take_steps(opt, 20)
+    take_steps(plain_adamw(theirs), 20)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_where_torch_has_no_fused_update_there_is_another():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))]
+    opt = make_optimizer(params, 1e-2, 0.0)
+    assert not opt.defaults["fused"]
+    take_steps(opt, 1)
+
+
+@pytest.mark.parametrize("source", ["older file", "own file"])
+def test_optimiser_goes_on_fused_and_as_if_it_had_not_stopped(tmp_path, source):
+    params = parameters()
+    opt = make_optimizer(params, 1e-2, 0.1)
+    take_steps(opt, 5)
+    state = portable_state(opt)
+    groups = state["param_groups"]
+    assert [(g["fused"], g["foreach"]) for g in groups] == [(None, None)]
+    if source == "older file":  # which says how its machine computed
+        state = {**state, "param_groups": [{**g, "fused": False, "foreach": True} for g in groups]}
+    torch.save(state, tmp_path / "opt000005.pt")
+    stored = torch.load(tmp_path / "opt000005.pt", weights_only=True)
+
+    again = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    resumed = make_optimizer(again, 1e-2, 0.1)
+    load_portable_state(resumed, stored)
+    assert [(g["fused"], g["foreach"]) for g in resumed.param_groups] == [(True, None)]
+    for each in (opt, resumed):
+        take_steps(each, 5)
+    for a, b in zip(params, again, strict=True):
+        assert torch.equal(a, b)
+    assert opt.param_groups[0]["fused"]  # which storing left alone
+
+
+def test_what_is_stored_is_what_an_older_version_stored():
+    params = parameters()
+    opt, older = make_optimizer(params, 1e-2, 0.1), plain_adamw(params)
+    for each in (opt, older):
+        take_steps(each, 1)
+    state, theirs = portable_state(opt), older.state_dict()
+    assert state["param_groups"] == theirs["param_groups"]
+    for entry, other in zip(state["state"].values(), theirs["state"].values(), strict=True):
+        assert list(entry) == list(other)
+        assert [(v.shape, v.dtype) for v in entry.values()] == [
+            (v.shape, v.dtype) for v in other.values()
+        ]
+    older.load_state_dict(state)  # and it goes on
+    take_steps(older, 1)
 
 
 # -- clipping

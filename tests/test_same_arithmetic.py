@@ -64,10 +64,13 @@ def test_losses_are_those_of_the_first_release(tmp_path, name):
     assert np.isfinite([loss for loss, _ in recorded["rows"]]).all()
     # Equal on the machine of the recording; another CPU's kernels round otherwise
     np.testing.assert_allclose(found["rows"], recorded["rows"], rtol=RTOL[name[:4]])
-    np.testing.assert_allclose(found["ema_abs_sum"], recorded["ema_abs_sum"], rtol=1e-5)
+    np.testing.assert_allclose(
+        found["ema_abs_sum"], recorded["ema_abs_sum"], rtol=EMA_RTOL[name[:4]]
+    )
 
 
 RTOL = {"fp32": 1e-3, "fp16": 5e-2}
+EMA_RTOL = {"fp32": 1e-5, "fp16": 5e-5}  # the order of additions alone moves the latter by 1e-5
 
 if __name__ == "__main__":
     import sys

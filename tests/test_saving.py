@@ -5,6 +5,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from improved_diffusion import checkpoint, saving
 from improved_diffusion.dist_util import load_state_dict
@@ -239,3 +240,69 @@ def test_weights_of_each_step_are_those_of_the_step(tmp_path):
             saver.save(str(tmp_path), step, files_of(step, value=float(step)))
     for step in range(4):
         assert weights(tmp_path, step).tolist() == [step] * 3
+
+
+@pytest.fixture
+def copies():
+    return saving._HostCopies()
+
+
+def test_memory_of_copies_is_used_again(copies):
+    """Values, types and forms are those of the newest, whatever came before."""
+    param, moment = torch.nn.Parameter(torch.randn(3, 4)), torch.randn(3, 4)
+    turned, half = torch.randn(4, 3).t(), torch.randn(3, 4).half()
+    sparse = torch.eye(3).to_sparse()
+    one = copies.of({"a": param, "list": [(moment, turned), half], "n": 3, "sparse": sparse})
+    places = {tensor.data_ptr() for tensor in (one["a"], *one["list"][0], one["list"][1])}
+    for _ in range(2):
+        with torch.no_grad():
+            for tensor in (param, moment, turned, half):
+                tensor.add_(1)
+        # another order, and one that does not fit
+        values = {"half": half, "b": (turned, moment, param.detach(), torch.ones(7)), "s": sparse}
+        two = copies.of(values)
+        _, moved, *_ = two["b"]
+        assert places >= {two["half"].data_ptr(), two["b"][0].data_ptr(), moved.data_ptr()}
+        assert two["half"].dtype is torch.float16
+        assert two["b"][0].stride() == turned.stride()
+        for copy, source in zip([two["half"], *two["b"]], [half, *values["b"]], strict=True):
+            assert torch.equal(copy, source)
+            assert copy.data_ptr() != source.data_ptr()
+        assert torch.equal(two["s"].to_dense(), torch.eye(3))
+    assert len(copies._kept) == 6  # what was not needed is let go
+
+
+def test_shares_are_copied_into_the_same_memory(copies):
+    from torch.distributed.tensor import DTensor, Replicate, Shard, init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        local = torch.randn(3, 4)
+        share = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
+        first = copies.of([share])[0]
+        place = first.to_local().data_ptr()
+        local.add_(1)
+        (second,) = copies.of([share])
+        assert second.to_local().data_ptr() == place != local.data_ptr()
+        assert torch.equal(second.to_local(), local)
+        assert second.placements == share.placements
+        assert not second.requires_grad
+        whole = DTensor.from_local(local, mesh, [Replicate()])
+        assert copies.of([whole])[0].placements == whole.placements
+    finally:
+        dist.destroy_process_group()
+
+
+def test_copies_outlive_neither_the_block_nor_the_next_save(tmp_path, monkeypatch):
+    """A save waits for the one before, whose memory it takes."""
+    gate = Gate(monkeypatch)
+    with Saver(SavingOptions()) as saver:
+        saver.save(str(tmp_path), 1, files_of(1, value=1.0))
+        assert gate.entered.wait(20)
+        threading.Timer(0.1, gate.open.set).start()
+        saver.save(str(tmp_path), 2, files_of(2, value=2.0))
+        assert saver._copies._kept
+    assert not saver._copies._kept
+    assert weights(tmp_path, 1).tolist() == [1, 1, 1]
+    assert weights(tmp_path, 2).tolist() == [2, 2, 2]

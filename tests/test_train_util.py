@@ -149,8 +149,10 @@ def test_conditions_are_split_with_the_images(run_dir):
 
 def test_updates_are_adamw_with_a_falling_rate_and_ema_follows(run_dir):
     loop = make_loop(lr_anneal_steps=3, save_interval=100, weight_decay=0.1)
+    assert loop.opt.defaults["eps"] == 1e-8
+    calm(loop)  # the fused update rounds otherwise than the one below
     model = make_model()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, eps=1e-2)
     averages = {rate: [p.detach().clone() for p in model.parameters()] for rate in (0.9, 0.99)}
     for step in range(3):
         optimiser.zero_grad()
@@ -451,6 +453,19 @@ def test_learning_rate_flag_wins_over_the_file(run_dir):
     loop.run_step(make_batch(0), {})
     assert loop.opt.param_groups[0]["lr"] == 5e-4
     assert "learning rate 0.0005, was 0.001" in log_text(run_dir)
+
+
+def test_optimiser_of_an_older_version_goes_on_in_one_operation(run_dir, tmp_path):
+    make_loop(lr_anneal_steps=0).save()
+    state = load(run_dir / "opt000000.pt")
+    assert state["param_groups"][0]["fused"] is None  # as an older version stores it
+    state["param_groups"][0]["fused"] = False
+    torch.save(state, tmp_path / "opt000000.pt")
+    shutil.copy(run_dir / "model000000.pt", tmp_path)
+    path = str(tmp_path / "model000000.pt")
+    loop = make_loop(lr_anneal_steps=0, resume_checkpoint=path)
+    assert "optimiser restored" in log_text(run_dir)
+    assert loop.opt.param_groups[0]["fused"] is True
 
 
 def test_finished_run_has_nothing_to_do(run_dir):
