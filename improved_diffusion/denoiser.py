@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion, Model, ModelVarType
 from .noise_levels import NoiseLevels
 from .predictions import ModelMeanType, coefficients, path_scale
+from .tables import remember
 
 Sigma = float | Tensor
 
@@ -150,14 +152,18 @@ class Denoiser:
 
     def _timesteps(self, t: np.ndarray, x: Tensor) -> Tensor:
         """The timesteps as the network sees them, [N]."""
-        t = np.broadcast_to(t, len(x))
         nearest = t.round()
         t = nearest if self.discrete else np.where(abs(t - nearest) < 1e-6, nearest, t)
+        dtype = torch.float32
         if self.diffusion.rescale_timesteps:
             t = t * (1000.0 / self.levels.num_timesteps)
         elif self.discrete:
-            return torch.from_numpy(t.astype(np.int64)).to(x.device)
-        return torch.from_numpy(t.astype(np.float32)).to(x.device)
+            dtype = torch.int64
+        if len(t) > 1:
+            seen = torch.from_numpy(t).to(device=x.device, dtype=dtype)
+        else:  # made there, with no copy to wait for
+            seen = torch.full((len(x),), t.item(), device=x.device, dtype=dtype)
+        return remember(seen, t)
 
     # -- between levels -----------------------------------------------------------------------
 
@@ -213,6 +219,12 @@ def convert(y: Tensor, x: Tensor, sigma: Sigma, source: str, target: str) -> Ten
     :return: [N, C, ...] the view ``target``.
     :raises ValueError: for an unknown view.
     """
+    of_x, of_y = (_weights if isinstance(sigma, Tensor) else _weights_at)(source, target, sigma)
+    return _times(of_x, x) + _times(of_y, y)
+
+
+def _weights(source: str, target: str, sigma: Sigma) -> tuple[np.ndarray, np.ndarray]:
+    """What to multiply x and the view ``source`` with, float64 [1] or [N] each."""
     alpha_bar = 1 / (1 + _as_array(sigma) ** 2)
     a, s = np.sqrt(alpha_bar), np.sqrt(1 - alpha_bar)
     p, q = _view_coefficients(source, alpha_bar)
@@ -220,7 +232,10 @@ def convert(y: Tensor, x: Tensor, sigma: Sigma, source: str, target: str) -> Ten
     determinant = q * a - p * s
     of_x = a * (p_target * q - q_target * p) / determinant  # x_t = a x
     of_y = (q_target * a - p_target * s) / determinant
-    return _times(of_x, x) + _times(of_y, y)
+    return of_x, of_y
+
+
+_weights_at = lru_cache(maxsize=4096)(_weights)  # the next batch goes through the same levels
 
 
 def _view_coefficients(name: str, alpha_bar: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .predictions import ModelMeanType, coefficients, path_scale, to_x_start
-from .tables import _extract_into_tensor, read_only
+from .tables import _extract_into_tensor, carry_over, look_up, read_only
 
 Model = Callable[..., Tensor]
 Denoised = Callable[[Tensor], Tensor] | None
@@ -93,7 +93,8 @@ class GaussianProcess:
             self._path_scale = path_scale(alphas_cumprod)
 
         # The variances that p can take, as tables
-        self._log_betas = np.log(betas)
+        low, high = self.posterior_log_variance_clipped, np.log(betas)
+        self._middle_log_variance, self._half_range = (high + low) / 2, (high - low) / 2
         self._fixed_large_variance = self._replace_first(betas, betas)
         self._fixed_large_log_variance = np.log(self._fixed_large_variance)
         for table in vars(self).values():
@@ -134,10 +135,8 @@ class GaussianProcess:
         if noise is None:
             noise = torch.randn_like(x_start)
         assert noise.shape == x_start.shape
-        return (
-            _extract_into_tensor(self.sqrt_alphas_cumprod, t, x_start.shape) * x_start
-            + _extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x_start.shape) * noise
-        )
+        a, s = look_up(t, x_start, self.sqrt_alphas_cumprod, self.sqrt_one_minus_alphas_cumprod)
+        return a * x_start + s * noise
 
     def q_posterior_mean_variance(
         self, x_start: Tensor, x_t: Tensor, t: Tensor
@@ -150,13 +149,16 @@ class GaussianProcess:
         :return: mean, variance, log-variance (clipped at t = 0), each [N, C, ...].
         """
         assert x_start.shape == x_t.shape
-        mean = (
-            _extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape) * x_start
-            + _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape) * x_t
+        coef1, coef2, variance, log_variance = look_up(
+            t,
+            x_t,
+            self.posterior_mean_coef1,
+            self.posterior_mean_coef2,
+            self.posterior_variance,
+            self.posterior_log_variance_clipped,
         )
-        variance = _extract_into_tensor(self.posterior_variance, t, x_t.shape)
-        log_variance = _extract_into_tensor(self.posterior_log_variance_clipped, t, x_t.shape)
-        return mean, variance, log_variance
+        mean = coef1 * x_start + coef2 * x_t
+        return mean, variance.expand(x_t.shape), log_variance.expand(x_t.shape)
 
     # -- the reverse process ------------------------------------------------------------------
 
@@ -205,7 +207,8 @@ class GaussianProcess:
     def _evaluate(self, model: Model, x_t: Tensor, t: Tensor, model_kwargs: ModelKwargs) -> Tensor:
         """The model's output; a model of the flow sees the linear path's point instead of x_t."""
         if self.model_mean_type == ModelMeanType.FLOW:
-            x_t = _extract_into_tensor(self._path_scale, t, x_t.shape) * x_t
+            (scale,) = look_up(t, x_t, self._path_scale)
+            x_t = scale * x_t
         return model(x_t, self._scale_timesteps(t), **(model_kwargs or {}))
 
     def _p_variance(
@@ -221,10 +224,9 @@ class GaussianProcess:
             if self.model_var_type == ModelVarType.LEARNED:
                 log_variance = values
             else:
-                low = _extract_into_tensor(self.posterior_log_variance_clipped, t, x.shape)
-                high = _extract_into_tensor(self._log_betas, t, x.shape)
-                v = (values + 1) / 2  # from [-1, 1]
-                log_variance = v * high + (1 - v) * low  # IDDPM eq. 15
+                # IDDPM eq. 15 with v = (values + 1) / 2
+                middle, half = look_up(t, x, self._middle_log_variance, self._half_range)
+                log_variance = middle + half * values
             return model_output, log_variance.exp(), log_variance
         variance, log_variance = {
             ModelVarType.FIXED_LARGE: (self._fixed_large_variance, self._fixed_large_log_variance),
@@ -233,11 +235,8 @@ class GaussianProcess:
                 self.posterior_log_variance_clipped,
             ),
         }[self.model_var_type]
-        return (
-            model_output,
-            _extract_into_tensor(variance, t, x.shape),
-            _extract_into_tensor(log_variance, t, x.shape),
-        )
+        of_steps = look_up(t, x, variance, log_variance)
+        return model_output, of_steps[0].expand(x.shape), of_steps[1].expand(x.shape)
 
     @property
     def _learns_variance(self) -> bool:
@@ -249,33 +248,34 @@ class GaussianProcess:
             return output
         if self.model_mean_type == ModelMeanType.EPSILON:
             return self._predict_xstart_from_eps(x_t=x_t, t=t, eps=output)
-        return (
-            _extract_into_tensor(self._xstart_of_x_t, t, x_t.shape) * x_t
-            + _extract_into_tensor(self._xstart_of_output, t, x_t.shape) * output
-        )
+        of_x_t, of_output = look_up(t, x_t, self._xstart_of_x_t, self._xstart_of_output)
+        return of_x_t * x_t + of_output * output
 
     def _predict_xstart_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
         """DDPM eq. 4 solved for x_0."""
         assert x_t.shape == eps.shape
-        return (
-            _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape) * x_t
-            - _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape) * eps
-        )
+        recip, recipm1 = self._of_x_t_and_eps(t, x_t)
+        return recip * x_t - recipm1 * eps
+
+    def _of_x_t_and_eps(self, t: Tensor, x_t: Tensor) -> tuple[Tensor, ...]:
+        """1 / sqrt(alpha_bar) and sqrt(1 / alpha_bar - 1), [N, 1, ...] each."""
+        return look_up(t, x_t, self.sqrt_recip_alphas_cumprod, self.sqrt_recipm1_alphas_cumprod)
 
     def _predict_xstart_from_xprev(self, x_t: Tensor, t: Tensor, xprev: Tensor) -> Tensor:
         """The posterior mean, DDPM eq. 7, solved for x_0."""
         assert x_t.shape == xprev.shape
-        coef1 = _extract_into_tensor(self.posterior_mean_coef1, t, x_t.shape)
-        coef2 = _extract_into_tensor(self.posterior_mean_coef2, t, x_t.shape)
+        coef1, coef2 = look_up(t, x_t, self.posterior_mean_coef1, self.posterior_mean_coef2)
         return (xprev - coef2 * x_t) / coef1
 
     def _predict_eps_from_xstart(self, x_t: Tensor, t: Tensor, pred_xstart: Tensor) -> Tensor:
         """DDPM eq. 4 solved for the noise; it is x_t where no signal is left."""
-        recip = _extract_into_tensor(self.sqrt_recip_alphas_cumprod, t, x_t.shape)
-        recipm1 = _extract_into_tensor(self.sqrt_recipm1_alphas_cumprod, t, x_t.shape)
+        recip, recipm1 = self._of_x_t_and_eps(t, x_t)
         eps = (recip * x_t - pred_xstart) / recipm1
         return torch.where(recip.isinf(), x_t, eps) if self.alphas_cumprod[-1] == 0 else eps
 
     def _scale_timesteps(self, t: Tensor) -> Tensor:
         """The timesteps as the model sees them, [N]."""
-        return t.float() * (1000.0 / self.num_timesteps) if self.rescale_timesteps else t
+        if not self.rescale_timesteps:
+            return t
+        scale = 1000.0 / self.num_timesteps
+        return carry_over(t, t.float() * scale, lambda values: values * scale)

@@ -9,12 +9,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .gaussian_process import Denoised, GaussianProcess, Model, ModelKwargs
 from .rng import Generator, randn, randn_like
-from .tables import _extract_into_tensor
+from .tables import look_up, remember
 
 CondFn = Callable[..., Tensor] | None
 
@@ -62,7 +63,7 @@ class GaussianSampling(GaussianProcess):
         :return: a copy of ``p_mean_var`` with another "pred_xstart", not clamped, and "mean".
         """
         gradient = cond_fn(x, self._scale_timesteps(t), **(model_kwargs or {}))
-        sigma = _extract_into_tensor(self.sqrt_one_minus_alphas_cumprod, t, x.shape)
+        (sigma,) = look_up(t, x, self.sqrt_one_minus_alphas_cumprod)
         old = p_mean_var["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, old) - sigma * gradient
         guided = self._predict_xstart_from_eps(x, t, eps)
@@ -71,8 +72,8 @@ class GaussianSampling(GaussianProcess):
         return {**p_mean_var, "pred_xstart": guided, "mean": mean}
 
     def _without_signal(self, t: Tensor, x: Tensor) -> Tensor:
-        """Where alpha_bar is 0, bool of the shape of x."""
-        return _extract_into_tensor(self.alphas_cumprod, t, x.shape) == 0
+        """Where alpha_bar is 0, bool [N, 1, ...] for x [N, C, ...]."""
+        return look_up(t, x, self.alphas_cumprod)[0] == 0
 
     # -- sampling -----------------------------------------------------------------------------
 
@@ -103,11 +104,11 @@ class GaussianSampling(GaussianProcess):
             denoised_fn=denoised_fn,
             model_kwargs=model_kwargs,
         )
-        noise = randn_like(x, generator)
+        noise = randn_like(x, generator) * _nonzero_mask(t, x)
         if cond_fn is not None:
             out["mean"] = self.condition_mean(cond_fn, out, x, t, model_kwargs=model_kwargs)
         sigma = torch.exp(0.5 * out["log_variance"])
-        sample = out["mean"] + _nonzero_mask(t, x) * sigma * noise
+        sample = out["mean"] + sigma * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def p_sample_loop(
@@ -195,7 +196,8 @@ class GaussianSampling(GaussianProcess):
         The arguments are those of :meth:`p_mean_variance`, and:
 
         :param eta: 0 is deterministic, 1 has the variance of DDPM's posterior (DDIM eq. 16).
-        :param generator: a torch.Generator, or one per sample; None for torch's global one.
+        :param generator: a torch.Generator, or one per sample; None for torch's global one. With
+            eta = 0, which needs no noise, the global one moves on, as ever, but no other.
         :param cond_fn: see :meth:`condition_score`; None for no guidance.
         :return: "sample" and "pred_xstart", each [N, C, ...].
         """
@@ -211,14 +213,18 @@ class GaussianSampling(GaussianProcess):
             out = self.condition_score(cond_fn, out, x, t, model_kwargs=model_kwargs)
         pred_xstart = out["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, pred_xstart)  # x_0 has changed
-        alpha_bar = _extract_into_tensor(self.alphas_cumprod, t, x.shape)
-        alpha_bar_prev = _extract_into_tensor(self.alphas_cumprod_prev, t, x.shape)
+        alpha_bar, alpha_bar_prev = look_up(t, x, self.alphas_cumprod, self.alphas_cumprod_prev)
+        if eta == 0:
+            if generator is None:
+                torch.randn_like(x)  # the global generator moves on alike for every eta
+            mean = pred_xstart * torch.sqrt(alpha_bar_prev)
+            sample = mean + torch.sqrt(1 - alpha_bar_prev) * eps
+            return {"sample": sample, "pred_xstart": pred_xstart}
         sigma = (  # DDIM eq. 16
             eta
             * torch.sqrt((1 - alpha_bar_prev) / (1 - alpha_bar))
             * torch.sqrt(1 - alpha_bar / alpha_bar_prev)
         )
-        # drawn for eta = 0 too: the global generator moves on alike for every eta
         noise = randn_like(x, generator)
         # of eta = 1 on a step from no signal nothing is left, which rounding must not make negative
         left = (1 - alpha_bar_prev - sigma**2).clamp(min=0)
@@ -256,8 +262,9 @@ class GaussianSampling(GaussianProcess):
         )
         pred_xstart = out["pred_xstart"]
         eps = self._predict_eps_from_xstart(x, t, pred_xstart)
-        alpha_bar_next = _extract_into_tensor(self.alphas_cumprod_next, t, x.shape)
-        sample = pred_xstart * torch.sqrt(alpha_bar_next) + torch.sqrt(1 - alpha_bar_next) * eps
+        (alpha_bar_next,) = look_up(t, x, self.alphas_cumprod_next)
+        mean = pred_xstart * torch.sqrt(alpha_bar_next)
+        sample = mean + torch.sqrt(1 - alpha_bar_next) * eps
         return {"sample": sample, "pred_xstart": pred_xstart}
 
     def ddim_sample_loop(
@@ -342,7 +349,7 @@ class GaussianSampling(GaussianProcess):
 
             timesteps = tqdm(timesteps)
         for i in timesteps:
-            t = torch.full((shape[0],), i, device=device)  # [N]
+            t = remember(torch.full((shape[0],), i, device=device), np.array([float(i)]))  # [N]
             with torch.no_grad():
                 out = step(x, t)
             yield out

@@ -25,6 +25,7 @@ from .flags import numbers, option, require
 from .gaussian_diffusion import GaussianDiffusion, Model
 from .noise_levels import NoiseLevels
 from .predictions import ModelMeanType, coefficients, path_scale
+from .tables import on_host
 
 CondFn = Callable[..., Tensor]
 Interval = tuple[float, float]
@@ -169,18 +170,18 @@ class _Extrapolation(nn.Module):
         if self.rescale:
             guided = rescaled(guided, prediction, self.rescale)
         if not inside.all():
-            where = inside.to(x.device).view(-1, *[1] * (x.ndim - 1))
+            where = torch.from_numpy(inside).to(x.device).view(-1, *[1] * (x.ndim - 1))
             guided = torch.where(where, guided, prediction)
         source = other if self.scale == 0 and other.shape == own.shape else own
         return torch.cat([guided, source[:, channels:]], dim=1)
 
-    def _inside(self, t: Tensor) -> Tensor:
-        """Whether each sample is to be guided, bool [N] on the CPU."""
+    def _inside(self, t: Tensor) -> np.ndarray:
+        """Whether each sample is to be guided, bool [N], or [1] where all are alike."""
         if self._levels is None or self.interval is None:
-            return torch.ones(len(t), dtype=torch.bool)
+            return np.ones(1, dtype=bool)
         low, high = self.interval
         sigma = self._levels.sigma_of_t(_timesteps(t, self.diffusion, self._levels))
-        return torch.from_numpy((low < sigma) & (sigma <= high))
+        return (low < sigma) & (sigma <= high)
 
     def _predictions(self, x: Tensor, t: Tensor, kwargs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """What the model says, and what it is to be led away from."""
@@ -364,11 +365,16 @@ class Unlabelled(nn.Module):
 
 
 def _timesteps(t: Tensor, diffusion: GaussianDiffusion, levels: NoiseLevels) -> np.ndarray:
-    """The timesteps of the process of what the model sees, float64 [N]; t may lie between them."""
-    seen = t.detach().cpu().double().numpy()
+    """The timesteps of the process of what the model sees, float64 [N], or [1] where all are alike.
+
+    They may lie between steps. In the loops of the samplers nothing waits for the device here.
+    """
+    seen = on_host(t)
     return seen * (levels.num_timesteps / 1000.0) if diffusion.rescale_timesteps else seen
 
 
-def _column(values: np.ndarray, like: Tensor) -> Tensor:
-    """Numbers [N] as [N, 1, ...], in the type and place of a tensor [N, ...]."""
+def _column(values: np.ndarray, like: Tensor) -> Tensor | float:
+    """Numbers [N] to multiply a tensor [N, ...] with, in its type and place; [1] as a number."""
+    if len(values) == 1:
+        return float(values[0])
     return torch.from_numpy(values).to(like).view(-1, *[1] * (like.ndim - 1))

@@ -39,16 +39,19 @@ class NoiseLevels:
         self.ends_without_signal = bool(alpha_bar[-1] == 0)
         self.log_snr = _log_snr(alpha_bar)
         self.num_timesteps = len(alpha_bar)
+        self._timesteps = np.arange(self.num_timesteps, dtype=np.float64)
+        # np.interp wants a rising axis, in one piece of memory
+        self._rising_log_snr = self.log_snr[::-1].copy()
+        self._falling_timesteps = self._timesteps[::-1].copy()
         self.sigma_min, self.sigma_max = self.sigma_of_t(np.array([0, self.num_timesteps - 1]))
 
     def log_snr_of_t(self, t: float | np.ndarray) -> np.ndarray:
         """Log-SNR at t in 0 ... T - 1, which may lie between steps."""
-        return np.asarray(np.interp(t, np.arange(self.num_timesteps), self.log_snr))
+        return np.asarray(np.interp(t, self._timesteps, self.log_snr))
 
     def t_of_log_snr(self, log_snr: float | np.ndarray) -> np.ndarray:
         """The t, between steps as a rule, of a log-SNR."""
-        falling = np.arange(self.num_timesteps)[::-1]  # np.interp wants a rising axis
-        return np.asarray(np.interp(log_snr, self.log_snr[::-1], falling))
+        return np.asarray(np.interp(log_snr, self._rising_log_snr, self._falling_timesteps))
 
     def sigma_of_t(self, t: float | np.ndarray) -> np.ndarray:
         """Sigma at t in 0 ... T - 1, which may lie between steps."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion, Model
-from .tables import device_table, read_only
+from .tables import carry_over, device_table, read_only
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -176,6 +176,9 @@ class _WrappedModel:
         :param ts: [N] indices into the kept timesteps.
         """
         original = device_table(self.timestep_map, ts.device, ts.dtype)[ts]
+        scale = 1.0
         if self.rescale_timesteps:
-            original = original.float() * (1000.0 / self.original_num_steps)
+            scale = 1000.0 / self.original_num_steps
+            original = original.float() * scale
+        carry_over(ts, original, lambda values: self.timestep_map[values.astype(int)] * scale)
         return self.model(x, original, **kwargs)

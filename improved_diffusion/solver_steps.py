@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .errors import UserError
@@ -85,8 +86,7 @@ def normal_noise(generator: Generator) -> NoiseSampler:
 
 def ddim_step(x: Tensor, x_start: Tensor, sigma: float, sigma_next: float) -> Tensor:
     """The first-order update, exact if x_start does not change on the way: DDIM eq. 13."""
-    ratio = sigma_next / sigma
-    return ratio * x + (1 - ratio) * x_start
+    return torch.lerp(x_start, x, sigma_next / sigma)
 
 
 def posterior_weights(sigma: float, sigma_next: float) -> tuple[float, float]:

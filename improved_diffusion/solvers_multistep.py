@@ -173,7 +173,7 @@ def _second_order(
         return x_start
     sigma_previous, x_start_previous = previous
     r = math.log(sigma_previous / sigma) / math.log(sigma / sigma_next)  # h_{i-1} / h_i
-    return (1 + 1 / (2 * r)) * x_start - 1 / (2 * r) * x_start_previous
+    return torch.lerp(x_start_previous, x_start, 1 + 1 / (2 * r))
 
 
 def _derivatives(nodes: Sequence[Node]) -> tuple[Tensor, Tensor]:

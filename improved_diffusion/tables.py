@@ -1,15 +1,16 @@
-"""Looking up per-timestep tables on a device, without a copy from the host in each step."""
+"""Looking up per-timestep tables on a device, without a copy to or from the host in each step."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 _on_device: dict[tuple[int, torch.device, torch.dtype], Tensor] = {}
+_stacks: dict[tuple[tuple[int, ...], torch.device, int], Tensor] = {}
 
 
 def read_only(table: np.ndarray) -> np.ndarray:
@@ -42,3 +43,63 @@ def _extract_into_tensor(
     """
     values = device_table(arr, timesteps.device, torch.float32)[timesteps]
     return values.view(-1, *[1] * (len(broadcast_shape) - 1)).expand(broadcast_shape)
+
+
+def look_up(timesteps: Tensor, like: Tensor, *tables: np.ndarray) -> tuple[Tensor, ...]:
+    """Look up entries of several tables for a batch of timesteps, in one operation.
+
+    :param timesteps: [N] indices.
+    :param like: [N, C, ...] what the entries are to be multiplied with.
+    :param tables: [T] each.
+    :return: for each table its entries, float32 [N, 1, ...], on the device of ``timesteps``.
+    """
+    return _stack(tables, timesteps.device, like.ndim - 1)[timesteps].unbind(1)
+
+
+def _stack(tables: tuple[np.ndarray, ...], device: torch.device, ones: int) -> Tensor:
+    """K tables as float32 [T, K, 1, ...], kept while they live if all of them are read-only."""
+    key = (tuple(map(id, tables)), device, ones)
+    if key in _stacks:
+        return _stacks[key]
+    with torch.inference_mode(False):  # also usable by later steps that need gradients
+        stack = torch.tensor(np.stack(tables, axis=1), dtype=torch.float32, device=device)
+        stack = stack.view(*stack.shape, *[1] * ones)
+    if not any(table.flags.writeable for table in tables):
+        _stacks[key] = stack
+        for table in tables:
+            weakref.finalize(table, _stacks.pop, key, None)
+    return stack
+
+
+# -- what the host knows of timesteps on a device --------------------------------------------------
+
+_VALUES = "_values_on_host"
+
+
+def remember(timesteps: Tensor, values: np.ndarray) -> Tensor:
+    """Note what a tensor holds, so that :func:`on_host` need not wait for its device to tell.
+
+    :param timesteps: [N]; not to be changed in place.
+    :param values: float64 [N], or [1] where all are alike.
+    :return: ``timesteps``.
+    """
+    setattr(timesteps, _VALUES, values)
+    return timesteps
+
+
+def on_host(timesteps: Tensor) -> np.ndarray:
+    """The values of timesteps, float64 [N], or [1] where all are known to be alike."""
+    values = getattr(timesteps, _VALUES, None)
+    return timesteps.detach().cpu().double().numpy() if values is None else values
+
+
+def carry_over(
+    timesteps: Tensor, changed: Tensor, change: Callable[[np.ndarray], np.ndarray]
+) -> Tensor:
+    """Note what ``changed`` holds if it is known of ``timesteps``, from which it was made.
+
+    :param change: makes the values of ``changed`` of those of ``timesteps``.
+    :return: ``changed``.
+    """
+    values = getattr(timesteps, _VALUES, None)
+    return changed if values is None else remember(changed, change(values))
