@@ -311,7 +311,12 @@ class QKVAttention(nn.Module):
         :return: [N, C, L].
         """
         q, k, v = split_heads(qkv, self.num_heads, self.new_order)  # [N, heads, L, D] each
-        h = F.scaled_dot_product_attention(q, k, v)
+        if qkv.device.type == "cpu" and torch.is_grad_enabled():
+            # the derivative of the kernel for halves is slower there than that for float32
+            with torch.autocast("cpu", enabled=False):
+                h = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).type(q.dtype)
+        else:
+            h = F.scaled_dot_product_attention(q, k, v)
         return h.transpose(2, 3).flatten(1, 2)
 
     @staticmethod

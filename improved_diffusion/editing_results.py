@@ -24,6 +24,7 @@ from .same_job import as_stored, differences
 from .sample_util import GRID_SAMPLES, grid, png
 
 FLAGS = "image_edit.json"
+WITHOUT_EFFECT = ("log_dir", "batch_size", "compile")  # beyond rounding
 FOLDER = "edited"  # of the pictures, in the run folder
 HOLE = (214, 96, 77)  # how the grid shows what a mask hides: no grey, which might be a picture's
 
@@ -53,7 +54,7 @@ def _check_results(log_dir: str, flags: Mapping[str, Any]) -> None:
     stored: dict[str, Any] = {}
     with contextlib.suppress(OSError, ValueError), open(os.path.join(log_dir, FLAGS)) as file:
         stored = json.load(file)
-    names = [name for name in as_stored(flags) if name not in ("log_dir", "batch_size")]
+    names = [name for name in as_stored(flags) if name not in WITHOUT_EFFECT]
     sides = [{n: side.get(n) for n in names} for side in (stored, as_stored(flags))]
     theirs, ours = differences(*sides)
     if theirs:

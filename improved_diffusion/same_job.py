@@ -24,6 +24,7 @@ OTHER_FLAGS = frozenset(
     [
         "num_samples",
         "batch_size",
+        "compile",  # changes rounding alone, as batch_size does
         "log_dir",
         "save_png",
         "use_ddim",  # by the sampler

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from . import dist_util, logger, runs, sampling
 from .checkpoint import describe_weights
+from .compiling import CompileOptions, check_compiler, compile_if_asked
 from .flags import ImageSize, height_width, pick
 from .gaussian_diffusion import GaussianDiffusion
 from .guidance import GuidanceOptions, Unlabelled, guided_model
@@ -52,6 +53,7 @@ class SamplingJob:
     ) -> None:
         self.options: SampleOptions = pick(SampleOptions, flags)
         self.guidance: GuidanceOptions = pick(GuidanceOptions, flags)
+        self.compiled: CompileOptions = pick(CompileOptions, flags)
         self.model = model
         self.diffusion = diffusion
         self.flags = flags
@@ -67,6 +69,7 @@ class SamplingJob:
         self._all_finite = True
         self.classes = parse_classes(self.options.classes, self.num_classes, self.class_names)
         runs.load_for_evaluation(model, self.options.model_path)  # tells first what does not fit
+        check_compiler(self.compiled)
         self.weak = load_weak(flags, diffusion) if self.guidance.guide_path else None
         self.guided = guided_model(model, diffusion, self.guidance, self.weak)
         if classifier is not None and model.num_classes is None:
@@ -96,6 +99,7 @@ class SamplingJob:
         logger.log(sampling.describe_sampler(self.diffusion, self.options))
         if guidance := describe_guidance(self.guidance, self.classifier):
             logger.log(guidance)
+        compile_if_asked(self.compiled, *networks.values())
 
     def labels(self, indices: list[int]) -> dict[str, Tensor]:
         """The classes of samples as the argument ``y``, int64 [N]; {} for a model without."""

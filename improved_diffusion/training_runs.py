@@ -13,6 +13,7 @@ from torch import nn
 from . import checkpoint, dist_util, liveness, logger, sharded, state_dicts, stored_flags
 from .augment import AugmentOptions
 from .classifier_training import ClassifierLoss
+from .compiling import CompileOptions, check_compiler, compile_if_asked
 from .errors import UserError
 from .flags import pick
 from .image_datasets import DataOptions
@@ -56,6 +57,7 @@ TRAINING_OPTIONS = (
     TrainOptions,
     Bounds,
     OptimizationOptions,
+    CompileOptions,
     ParallelOptions,
     SavingOptions,
     WatchOptions,
@@ -81,6 +83,7 @@ def prepare_training(flags: Flags, given: set[str], size_flag: str) -> tuple[Fla
     flags, data = open_data(flags, size_flag)
     train = pick(TrainOptions, flags)
     check_precision(pick(OptimizationOptions, flags), train.use_fp16, dist_util.dev())
+    check_compiler(pick(CompileOptions, flags), flags["parallel"])
     total = pick(Bounds, flags).total_steps(
         train.lr_anneal_steps, train.batch_size * dist_util.get_world_size()
     )
@@ -236,6 +239,7 @@ def make_loop(
     if options.resume_checkpoint:  # fails before anything is written
         _check_fit(model, options.resume_checkpoint)
     logger.configure(dir=flags["log_dir"])
+    compile_if_asked(pick(CompileOptions, flags), model)
     parallel = pick(ParallelOptions, flags)
     if not parallel.sharded:  # the whole of it may not fit
         model.to(dist_util.dev())

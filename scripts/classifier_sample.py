@@ -2,6 +2,7 @@
 
 from improved_diffusion import runs
 from improved_diffusion.classifier_options import ClassifierOptions
+from improved_diffusion.compiling import CompileOptions
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, make_parser, pick
 from improved_diffusion.guidance import GuidanceOptions
@@ -37,6 +38,7 @@ def create_argparser() -> ArgumentParser:
         ClassifierGuidanceOptions,
         SampleOptions,
         GuidanceOptions,
+        CompileOptions,
         ModelAndDiffusionOptions,
         ClassifierOptions,
         runs.RunOptions,

@@ -2,6 +2,7 @@
 
 from improved_diffusion import logger, runs
 from improved_diffusion.checkpoint import describe_weights
+from improved_diffusion.compiling import CompileOptions, check_compiler, compile_if_asked
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.editing_options import EditOptions, check_own_flags
 from improved_diffusion.editing_results import check_folder, write_results
@@ -52,6 +53,7 @@ def make_editor(options: EditOptions, guidance: GuidanceOptions, flags: runs.Fla
     sampling = options.sampling(respacing, flags["diffusion_steps"])
     check_sampler(model, diffusion, sampling, respacing)
     runs.load_for_evaluation(model, options.model_path)  # tells first what does not fit
+    check_compiler(pick(CompileOptions, flags))
     weak = load_weak(flags, diffusion) if guidance.guide_path else None
     guided = guided_model(model, diffusion, guidance, weak)
     # a picture may go without a class if all networks know such
@@ -62,6 +64,7 @@ def make_editor(options: EditOptions, guidance: GuidanceOptions, flags: runs.Fla
         model.convert_to_fp16()
         if weak is not None:
             weak.convert_to_fp16()
+    compile_if_asked(pick(CompileOptions, flags), model, weak)
     return Editor(guided, diffusion, options, sampling, given, flags["seed"])
 
 
@@ -70,6 +73,7 @@ def create_argparser() -> ArgumentParser:
         "Edit pictures by a checkpoint.",
         EditOptions,
         GuidanceOptions,
+        CompileOptions,
         ModelAndDiffusionOptions,
         runs.RunOptions,
     )

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from improved_diffusion import dist_util, logger, runs
+from improved_diffusion.compiling import CompileOptions, check_compiler, compile_if_asked
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.files import open_whole, write_file
@@ -71,6 +72,7 @@ def main() -> None:
     )
     methods = make_methods(model, diffusion, flags)
     runs.load_for_evaluation(model, options.model_path)
+    check_compiler(pick(CompileOptions, flags))
     images = find_images(flags)
     deciding = deciding_flags(
         {name: value for name, value in flags.items() if name != "num_workers"},
@@ -82,6 +84,7 @@ def main() -> None:
     results.load(path, deciding)
     batches = missing_batches(images, results, flags)
     runs.open_folder(flags["log_dir"], flags)
+    compile_if_asked(pick(CompileOptions, flags), model)
 
     if flags["value_range"]:
         what = "bound is" if options.method == "vlb" else "results are"
@@ -219,6 +222,7 @@ def create_argparser() -> ArgumentParser:
         NLLOptions,
         BoundOptions,
         FlowOptions,
+        CompileOptions,
         ModelAndDiffusionOptions,
         runs.RunOptions,
     )

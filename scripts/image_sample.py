@@ -1,6 +1,7 @@
 """Sample images from a checkpoint, into an npz file and a grid."""
 
 from improved_diffusion import runs
+from improved_diffusion.compiling import CompileOptions
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.flags import ArgumentParser, make_parser, pick
 from improved_diffusion.guidance import GuidanceOptions
@@ -31,6 +32,7 @@ def create_argparser() -> ArgumentParser:
         "Sample images from a checkpoint.",
         SampleOptions,
         GuidanceOptions,
+        CompileOptions,
         ModelAndDiffusionOptions,
         runs.RunOptions,
     )

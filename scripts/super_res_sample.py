@@ -7,6 +7,7 @@ from torch import Tensor
 
 from improved_diffusion import logger, runs
 from improved_diffusion.base_samples import BaseSamples, load_base_samples
+from improved_diffusion.compiling import CompileOptions
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
 from improved_diffusion.flags import ArgumentParser, make_parser, option, pick
@@ -82,6 +83,7 @@ def create_argparser() -> ArgumentParser:
         BaseOptions,
         SampleOptions,
         GuidanceOptions,
+        CompileOptions,
         SuperResOptions,
         runs.RunOptions,
     )
