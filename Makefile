@@ -1,5 +1,7 @@
 # make demo   train on handwritten digits, sample, look: three to four minutes on two cores
 # make test   all but the slow tests, about eleven minutes;  make test-slow  those, with the demo
+# make bench  what docs/performance.md shows, measured here; a quarter of an hour on two idle cores
+# make peers  the environment of the libraries that the benchmarks measure against
 # make check  lint, format and types, as CI runs it
 
 PYTHON ?= python3
@@ -7,8 +9,9 @@ VENV ?= .venv
 RUNS ?= runs
 PY = $(VENV)/bin/python
 DEMO = $(RUNS)/demo
+PEERS = .venv-peers
 
-.PHONY: demo test test-slow check clean
+.PHONY: demo test test-slow bench peers check clean
 
 # One thread: the network is so small that more would mostly wait for each other
 demo: export OMP_NUM_THREADS = 1
@@ -33,6 +36,11 @@ test: $(VENV)/.test
 test-slow: $(VENV)/.test
 	$(PY) -m pytest -m slow
 
+BENCHMARKS = import unet train sample loader save scaling
+bench: $(VENV)/.demo peers
+	for name in $(BENCHMARKS); do $(PY) benchmarks/bench_$$name.py || exit 1; done
+	$(PY) benchmarks/performance_tables.py
+
 check: $(VENV)/.test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
@@ -42,6 +50,16 @@ check: $(VENV)/.test
 $(VENV)/.%: setup.py constraints.txt
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	$(PY) -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[$*]'
+	touch $@
+
+# denoising-diffusion-pytorch without what it asks for beside the requirements: torchvision, which
+# its worker can do without, and a package for scores
+peers: $(PEERS)/.made
+$(PEERS)/.made: benchmarks/peers-requirements.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check -r $<
+	$(PEERS)/bin/python -m pip install -q --disable-pip-version-check --no-deps \
+	    denoising-diffusion-pytorch==2.3.4
 	touch $@
 
 clean:

@@ -7,32 +7,29 @@ image, which says what a quiet one could do.
 
     python benchmarks/bench_loader.py
 
-The targets are 20 times the images/s of the folder for the packed set, both with one worker, and
-1.7 times for the folder with two workers, on two cores.
+prints tables and writes benchmarks/results/loader.json. The targets are 20 times the images/s of
+the folder for the packed set, both with one worker, and 1.7 times for the folder with two workers,
+on two cores.
 """
 
 import argparse
-import json
 import os
-import platform
 import resource
 import statistics
-import subprocess
 import tempfile
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from measuring import paired
 from PIL import Image, ImageFilter
+from records import result_path, table, write_result
 
-import improved_diffusion
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.image_datasets import list_images, load_data, load_pixels, open_dataset
 from improved_diffusion.packed import write_packed
 
 HEIGHT, WIDTH, QUALITY = 375, 500, 90
-ROOT = Path(__file__).parent.parent
 SECONDS = 4.0  # of one measurement
 WARM_UP = 4  # batches before it: workers start, and fill what they read ahead
 
@@ -54,7 +51,7 @@ RATIOS = {
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
     torch.set_num_threads(1)
-    load = os.getloadavg()[0]
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
     with tempfile.TemporaryDirectory() as scratch:
         places = {"folder": f"{scratch}/folder", "packed": f"{scratch}/packed"}
         size = make_pictures(places["folder"], args.images)
@@ -69,12 +66,11 @@ def main(argv: list[str] | None = None) -> None:
         "images_per_s": {way: statistics.median(r[way] for r in rounds) for way in WAYS},
         "cpu_ms_per_image": cpu_times(costs),
         "ratios": {name: ratio(rounds, *ways) for name, ways in RATIOS.items()},
-        "machine": machine(load),
+        "pillow": Image.__version__,
+        "load_before": load,
     }
-    show(result)
-    if args.out:
-        Path(args.out).parent.mkdir(parents=True, exist_ok=True)
-        Path(args.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(report(result))
+    write_result(args.out, result)
 
 
 def make_pictures(folder: str, count: int) -> float:
@@ -117,21 +113,22 @@ Costs = dict[str, list[tuple[float, float]]]  # way -> (training process, worker
 def measure(
     places: dict[str, str], args: argparse.Namespace
 ) -> tuple[list[dict[str, float]], Costs]:
-    """Every way once in each round; the order is turned round every other time.
+    """Every way once in each round.
 
     :return: images/s; and the CPU time per image in ms.
     """
-    rounds: list[dict[str, float]] = []
     costs: Costs = {way: [] for way in WAYS}
-    for number in range(args.rounds):
-        speeds = {}
-        for way in list(WAYS) if number % 2 == 0 else list(WAYS)[::-1]:
-            before = cpu_seconds()
-            speeds[way], count = images_per_second(places, way, args)
-            own, workers = (after - b for after, b in zip(cpu_seconds(), before, strict=True))
-            costs[way].append((1000 * own / count, 1000 * workers / count))
-        rounds.append({way: round(speeds[way], 1) for way in WAYS})
-        print(f"round {number + 1} of {args.rounds}: {rounds[-1]}", flush=True)
+
+    def seconds_per_image(way: str) -> float:
+        before = cpu_seconds()
+        speed, count = images_per_second(places, way, args)
+        own, workers = (after - b for after, b in zip(cpu_seconds(), before, strict=True))
+        costs[way].append((1000 * own / count, 1000 * workers / count))
+        return 1 / speed
+
+    candidates = {way: lambda way=way: seconds_per_image(way) for way in WAYS}
+    seconds = paired(candidates, args.rounds, warm_up=0)
+    rounds = [{way: round(1 / seconds[way][i], 1) for way in WAYS} for i in range(args.rounds)]
     return rounds, costs
 
 
@@ -192,45 +189,19 @@ def ratio(
     }
 
 
-def machine(load: float) -> dict[str, object]:
-    """What the numbers were measured on and with."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True
-    ).stdout.strip()
-    return {
-        "cpu": cpu_model(),
-        "cpus": len(os.sched_getaffinity(0)),
-        "torch_threads": torch.get_num_threads(),
-        "load_average_before": round(load, 2),
-        "load_average_after": round(os.getloadavg()[0], 2),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "pillow": Image.__version__,
-        "improved_diffusion": improved_diffusion.__version__,
-        "commit": commit,
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    except OSError:
-        names = []
-    return names[0] if names else platform.machine()
-
-
-def show(result: dict) -> None:
+def report(result: dict) -> str:
+    """The tables that are printed."""
+    header = ["way", "images/s", "CPU ms per image", "of the workers"]
+    rows = []
     for way, speed in result["images_per_s"].items():
         own, workers = result["cpu_ms_per_image"][way].values()
-        print(f"{way:30s} {speed:10,.0f} images/s, CPU ms per image: {own:.3f} + {workers:.3f}")
-    for name, found in result["ratios"].items():
-        target = f", target {found['target']:g}" if found["target"] else ""
-        print(
-            f"{name:30s} {found['median']:10.2f} ({found['least']} to {found['largest']}){target}"
-        )
+        rows.append([way, f"{speed:,.0f}", f"{own:.3f}", f"{workers:.3f}"])
+    ratios = [
+        [name, *("" if value is None else value for value in found.values())]
+        for name, found in result["ratios"].items()
+    ]
+    header_of_ratios = ["ratio of images/s", "median", "least", "largest", "target"]
+    return f"{table(header, rows)}\n\n{table(header_of_ratios, ratios)}"
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -241,11 +212,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--images", type=int, default=512, help="pictures to make")
     parser.add_argument("--image_size", type=int, default=64, help="size that they are read at")
     parser.add_argument("--batch_size", type=int, default=64, help="images per batch")
-    parser.add_argument("--rounds", type=int, default=7, help="how often each way is measured")
+    parser.add_argument("--rounds", type=int, default=5, help="how often each way is measured")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of one measurement")
-    parser.add_argument(
-        "--out", default=str(ROOT / "benchmarks" / "results" / "loader.json"), help="result file"
-    )
+    parser.add_argument("--out", default=result_path("loader"), help="result file")
     return parser
 
 

@@ -1,8 +1,9 @@
 """Forward and training pass of the U-Net: time, operations, share of the machine's peak, memory.
 
 Ours in float32 and bfloat16 against the plain rendering of the published architecture
-(plain_unet.py), with the same weights and the same batch, and against the peers (peers.py) with
-networks of the same shape, in turns.
+(plain_unet.py) and against diffusers' UNet2DModel, all three with the same weights and the same
+batch; and against denoising-diffusion-pytorch's Unet of the same width and depth, which does other
+operations. All take turns. The peers (peers.py) need `make peers`, and are left out without.
 
     python benchmarks/bench_unet.py --configs small --rounds 5
 
@@ -10,6 +11,7 @@ prints a table and writes benchmarks/results/unet.json.
 """
 
 import argparse
+import contextlib
 import statistics
 import subprocess
 import sys
@@ -19,10 +21,11 @@ from dataclasses import replace
 import torch
 from configurations import CONFIGURATIONS, Configuration, chosen
 from measuring import added_memory, matmul_peak, paired, speedup
+from peer_tasks import count_operations
+from peers import missing, unet_candidates
 from plain_unet import plain
 from records import result_path, table, write_result
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from improved_diffusion.dist_util import run_main
 
@@ -39,9 +42,13 @@ def main(argv: list[str] | None = None) -> None:
         (configuration,) = configurations.values()
         print(memory_of(configuration, args.memory_of, device))
         return
-    peaks = {str(d): matmul_peak(d, device) for d in (torch.float32, torch.bfloat16)}
+    peaks = (matmul_peak(torch.float32, device), matmul_peak(torch.bfloat16, device))
     found = {n: measure(n, c, args.rounds, device, peaks) for n, c in configurations.items()}
-    result = {"peaks": peaks, "configs": found}
+    result = {
+        "peak_operations_per_second": {"fp32": peaks[0], "bf16": peaks[1]},
+        "left_out": missing(),
+        "configs": found,
+    }
     print(report(result))
     write_result(args.out, result)
 
@@ -92,9 +99,12 @@ def measure(
     configuration: Configuration,
     rounds: int,
     device: torch.device,
-    peaks: dict[str, float],
+    peaks: tuple[float, float],
 ) -> dict:
-    """Times, operations, shares of the peak and memory of one configuration."""
+    """Times, operations, shares of the peak and memory of one configuration.
+
+    :param peaks: operations per second of products of matrices, in float32 and bfloat16.
+    """
     compared = networks(configuration, device)
     found: dict = {
         "images": configuration.images(device),
@@ -104,33 +114,37 @@ def measure(
         key: passes(network, configuration, key == HALF, device)
         for key, network in compared.items()
     }
-    for kind in ("forward", "training"):
-        of_kind = {key: own[kind] for key, own in runs.items()}
-        if kind == "forward":
-            del of_kind[CHECKPOINTING]  # recomputes in the backward pass alone
-        operations = count_operations(of_kind[REFERENCE])
-        seconds = paired(of_kind, rounds)
-        found[kind] = {"operations": operations}
-        for key, times in seconds.items():
-            peak = peaks[str(torch.bfloat16 if key == HALF else torch.float32)]
-            found[kind][key] = {
-                "seconds": statistics.median(times),
-                "speedup": speedup(seconds, of=key, against=REFERENCE),
-                "share_of_peak": operations / statistics.median(times) / peak,
+    with contextlib.ExitStack() as stack:
+        peers = stack.enter_context(unet_candidates(configuration, device))
+        for kind in ("forward", "training"):
+            of_kind: dict = {key: own[kind] for key, own in {**runs, **peers}.items()}
+            if kind == "forward":
+                del of_kind[CHECKPOINTING]  # recomputes in the backward pass alone
+            operations = dict.fromkeys(runs, count_operations(of_kind[REFERENCE]))
+            operations |= {key: own[kind].facts["operations"] for key, own in peers.items()}
+            seconds = paired(of_kind, rounds)
+            found[kind] = {
+                key: facts(seconds, key, operations, peaks["bf16" in key]) for key in of_kind
             }
     for key in compared:
         found["training"][key]["peak_memory_bytes"] = memory_in_a_process(name, key)
     return found
 
 
-def count_operations(run: Callable[[], object]) -> int:
-    """Floating-point operations of a call, by torch's counter.
-
-    It does not know all fused attention kernels: to be asked of the plain rendering.
-    """
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops()
+def facts(
+    seconds: dict[str, list[float]], key: str, operations: dict[str, int], peak: float
+) -> dict:
+    """What is reported of a candidate; its speed-ups are ratios of times, and of operations/s."""
+    median = statistics.median(seconds[key])
+    times_plain = speedup(seconds, of=key, against=REFERENCE)
+    work = operations[key] / operations[REFERENCE]
+    return {
+        "seconds": median,
+        "operations": operations[key],
+        "speedup": times_plain,
+        "speedup_per_operation": {name: work * ratio for name, ratio in times_plain.items()},
+        "share_of_peak": operations[key] / median / peak,
+    }
 
 
 def memory_in_a_process(name: str, key: str) -> int:
@@ -148,18 +162,27 @@ def memory_of(configuration: Configuration, key: str, device: torch.device) -> i
 
 def report(result: dict) -> str:
     """The table that is printed."""
-    header = ["config", "pass", "network", "ms", "times plain", "of the peak", "memory (MB)"]
+    header = ["config", "pass", "network", "ms", "GFLOP", "times plain", "per operation"]
     rows = []
     for name, found in result["configs"].items():
         for kind in ("forward", "training"):
-            for key in (REFERENCE, OURS, HALF, CHECKPOINTING):
-                if key not in found[kind]:
-                    continue
-                one = found[kind][key]
-                memory = f"{one['peak_memory_bytes'] / 1e6:.0f}" if kind == "training" else ""
-                times = [f"{one['seconds'] * 1e3:.1f}", f"{one['speedup']['median']:.2f}"]
-                rows.append([name, kind, key, *times, f"{one['share_of_peak']:.0%}", memory])
-    return table(header, rows)
+            for key, one in found[kind].items():
+                memory = one.get("peak_memory_bytes")
+                rows.append(
+                    [
+                        name,
+                        kind,
+                        key,
+                        f"{one['seconds'] * 1e3:.1f}",
+                        f"{one['operations'] / 1e9:.1f}",
+                        f"{one['speedup']['median']:.2f}",
+                        f"{one['speedup_per_operation']['median']:.2f}",
+                        f"{one['share_of_peak']:.0%}",
+                        "" if memory is None else f"{memory / 1e6:.0f}",
+                    ]
+                )
+    text = table([*header, "of the peak", "memory (MB)"], rows)
+    return f"{text}\n{result['left_out']}".rstrip()
 
 
 if __name__ == "__main__":

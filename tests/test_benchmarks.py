@@ -8,6 +8,8 @@ import torch
 from script_runner import load_module
 from test_unet import inputs, small_unet
 
+from improved_diffusion.script_util import ModelAndDiffusionOptions
+
 
 @pytest.fixture(scope="module")
 def measuring():
@@ -90,3 +92,35 @@ def test_plain_rendering_computes_the_same(plain, options):
     torch.testing.assert_close(theirs(x, t, **y), ours(x, t, **y), rtol=1e-4, atol=1e-5)
     for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         assert torch.equal(a, b), name
+
+
+# -- the network
+
+
+def test_network_is_measured_beside_the_plain_rendering(tmp_path, monkeypatch, capsys):
+    bench = load_module("benchmarks", "bench_unet")
+    configurations = load_module("benchmarks", "configurations")
+    options = ModelAndDiffusionOptions(
+        image_size=8, num_channels=32, num_res_blocks=1, attention_resolutions="4"
+    )
+    tiny = configurations.Configuration(options, batch=2, batch_on_gpu=2)
+    monkeypatch.setitem(configurations.CONFIGURATIONS, "small", tiny)
+    monkeypatch.setattr(bench, "memory_in_a_process", lambda name, key: 7_000_000)
+    monkeypatch.setattr(bench, "matmul_peak", lambda dtype, device: 1e12)
+    monkeypatch.setattr(load_module("benchmarks", "peers"), "PYTHON", tmp_path / "none")
+    out, threads = tmp_path / "unet.json", str(torch.get_num_threads())
+    words = ["--configs", "small", "--rounds", "1", "--threads", threads]
+    bench.main([*words, "--out", str(out)])
+    found = json.loads(out.read_text())
+    assert "make peers" in found["left_out"]
+    small = found["configs"]["small"]
+    assert small["forward"].keys() == {"plain fp32", "ours fp32", "ours bf16"}
+    assert small["training"].keys() == {*small["forward"], "ours fp32, checkpointing"}
+    for kind in ("forward", "training"):
+        for one in small[kind].values():
+            share = one["operations"] / one["seconds"] / 1e12
+            assert one["share_of_peak"] == pytest.approx(share)
+    # a backward pass is two of forward, but for the first convolution's derivative by the image
+    passes = [small[kind]["ours fp32"]["operations"] for kind in ("forward", "training")]
+    assert 2.9 < passes[1] / passes[0] <= 3
+    assert "| small  | training | ours fp32, checkpointing |" in capsys.readouterr().out
