@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .errors import UserError
 from .flags import ImageSize, height_width
 from .nn import (
+    HALVES,
     SiLU,
     avg_pool_nd,
     checkpoint,
@@ -311,7 +312,7 @@ class QKVAttention(nn.Module):
         :return: [N, C, L].
         """
         q, k, v = split_heads(qkv, self.num_heads, self.new_order)  # [N, heads, L, D] each
-        if qkv.device.type == "cpu" and torch.is_grad_enabled():
+        if q.dtype in HALVES and q.device.type == "cpu" and torch.is_grad_enabled():
             # the derivative of the kernel for halves is slower there than that for float32
             with torch.autocast("cpu", enabled=False):
                 h = F.scaled_dot_product_attention(q.float(), k.float(), v.float()).type(q.dtype)

@@ -30,6 +30,7 @@ __all__ = [
 ]
 
 NUM_GROUPS = 32
+HALVES = (torch.bfloat16, torch.float16)
 
 
 class SiLU(nn.Module):
@@ -47,9 +48,9 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        half = x.dtype in (torch.bfloat16, torch.float16)
-        if not (half and x.device.type == "cpu"):  # whose kernel takes halves beside such weights
+        if x.dtype not in HALVES or x.device.type != "cpu":
             return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
+        # the kernel for CPUs takes halves beside float32 weights, and computes in float32
         return F.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 

@@ -177,9 +177,11 @@ def test_what_is_on_no_line_or_on_several_is_refused(fragment, owner, words):
 
 def test_lines_are_renumbered_and_nothing_else():
     path = "../improved_diffusion/solver_steps.py"
-    fragment = "`return ratio * x + (1 - ratio) * x_start` in `ddim_step`"
+    fragment = "`torch.lerp(x_start, x, sigma_next / sigma)` in `ddim_step`"
     row = f"| `a` | b | [solver_steps.py:1]({path}#L1) {fragment} | c |\n"
-    number = line_of((ROOT / "docs" / path).read_text(), "return ratio * x +")
+    number = line_of(
+        (ROOT / "docs" / path).read_text(), "torch.lerp(x_start, x, sigma_next / sigma)"
+    )
     right = row.replace(":1]", f":{number}]").replace("#L1)", f"#L{number})")
     assert updated(row) == right
     assert updated(right) == right
