@@ -254,7 +254,7 @@ class PointwiseConv1d(nn.Conv1d):
         return F.linear(x, self.weight.squeeze(2), self.bias).transpose(1, 2)
 
 
-def split_heads(qkv: Tensor, num_heads: int, new_order: bool) -> tuple[Tensor, ...]:
+def split_heads(qkv: Tensor, num_heads: int, new_order: bool) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values by head, with channels that are neighbours in memory.
 
     :param qkv: [N, 3 C, L].
@@ -265,10 +265,10 @@ def split_heads(qkv: Tensor, num_heads: int, new_order: bool) -> tuple[Tensor, .
     if qkv.stride(2) != 1:
         qkv = qkv.contiguous()  # as the fused kernels want it
     if new_order:
-        parts = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
+        q, k, v = qkv.unflatten(2, (3, num_heads, -1)).unbind(2)
     else:
-        parts = qkv.unflatten(2, (num_heads, 3, -1)).unbind(3)
-    return tuple(part.transpose(1, 2) for part in parts)
+        q, k, v = qkv.unflatten(2, (num_heads, 3, -1)).unbind(3)
+    return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
 
 def count_heads(

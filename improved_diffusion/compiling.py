@@ -6,6 +6,7 @@ TorchDynamo and TorchInductor: "PyTorch 2", ASPLOS 2024, doi 10.1145/3620665.364
 from __future__ import annotations
 
 import logging
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,7 +22,8 @@ log = logging.getLogger(__name__)
 
 Network = TypeVar("Network", bound=nn.Module)
 
-# Dropout draws the numbers that it draws without compiling: a run may change between the two
+# Dropout draws the numbers that it draws without compiling: a run may change between the two. Not
+# so where activations are recomputed: there inductor draws others, the same in both passes
 INDUCTOR_OPTIONS = {"fallback_random": True}
 NOTICE = "compiling the network; the first steps take minutes, or less if it was compiled before"
 
@@ -43,9 +45,11 @@ def compile_network(model: Network, backend: str | Any = "inductor", **how: Any)
     It is compiled when it is called, once for the first batch size and once for all others (and
     once more for a single image); again with and without gradients. Weights may change in place
     between calls, state dicts have the same keys, DistributedDataParallel may wrap it. Results
-    change by rounding. Copies and pickles of it are not compiled.
+    change by rounding; with checkpointing and dropout, other features are dropped. Copies and
+    pickles of it are not compiled.
 
-    :param backend: of :func:`torch.compile`: "eager" and "aot_eager" need no compiler.
+    :param backend: of :func:`torch.compile`: "aot_eager" needs no compiler. ("eager" neither, but
+        with checkpointing and dropout its gradients are wrong.)
     :param how: further arguments of :func:`torch.compile`.
     """
     if backend == "inductor" and "mode" not in how:  # which excludes options
@@ -84,14 +88,17 @@ def check_compiler(options: CompileOptions, parallel: str = "ddp") -> None:
     for rank, reason in enumerate(dist_util.gather_objects(_why_not(dist_util.dev()))):
         if reason:
             raise UserError(
-                f"--compile True needs a C++ compiler such as g++, on a GPU also Triton, and "
-                f"process {rank} could not compile ({reason}): install them, name the compiler by "
-                "$CXX, or leave the flag out"
+                f"--compile True: process {rank} could not compile ({reason}); it needs a C++ "
+                "compiler such as g++ or $CXX, on a GPU also Triton, and a folder "
+                "$TORCHINDUCTOR_CACHE_DIR to write to: mend that, or leave the flag out"
             )
 
 
 def _why_not(device: torch.device) -> str:
     """Why nothing can be compiled for a device, in a line; '' if it can."""
+
+    if os.environ.get("TORCHDYNAMO_DISABLE", "0") not in ("", "0"):
+        return "$TORCHDYNAMO_DISABLE is set"
 
     def try_it(x: Tensor) -> Tensor:
         return x.sin() + 1

@@ -163,7 +163,7 @@ class Denoiser:
             seen = torch.from_numpy(t).to(device=x.device, dtype=dtype)
         else:  # made there, with no copy to wait for
             seen = torch.full((len(x),), t.item(), device=x.device, dtype=dtype)
-        return remember(seen, t)
+        return remember(seen, t.astype(np.float32))  # exact for int64 too, in this range
 
     # -- between levels -----------------------------------------------------------------------
 
@@ -219,7 +219,8 @@ def convert(y: Tensor, x: Tensor, sigma: Sigma, source: str, target: str) -> Ten
     :return: [N, C, ...] the view ``target``.
     :raises ValueError: for an unknown view.
     """
-    of_x, of_y = (_weights if isinstance(sigma, Tensor) else _weights_at)(source, target, sigma)
+    weights = _weights_at if isinstance(sigma, int | float) else _weights
+    of_x, of_y = weights(source, target, sigma)
     return _times(of_x, x) + _times(of_y, y)
 
 

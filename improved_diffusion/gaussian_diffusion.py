@@ -128,8 +128,8 @@ class GaussianDiffusion(GaussianSampling):
         terms = {}
         output = self._evaluate(model, x_t, t, model_kwargs)
         if self._learns_variance:
-            output, values = output.chunk(2, dim=1)
-            terms["vb"] = self._variance_loss(output.detach(), values, x_start, x_t, t)
+            terms["vb"] = self._variance_loss(output, x_start, x_t, t)
+            output, _ = output.chunk(2, dim=1)
         target = self._target(x_start, x_t, t, noise)
         assert output.shape == target.shape == x_start.shape
         terms["mse"] = mean_flat((target - output) ** 2)
@@ -157,16 +157,15 @@ class GaussianDiffusion(GaussianSampling):
         )
 
     def _variance_loss(
-        self, frozen_mean: Tensor, values: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
+        self, model_output: Tensor, x_start: Tensor, x_t: Tensor, t: Tensor
     ) -> Tensor:
         """The bound's term as it trains the variance alone: IDDPM section 3.1, eq. 16.
 
-        :param frozen_mean: the model's prediction, through which no gradient goes.
-        :param values: what it says of the variance.
         :return: [N] bits/dim; times T / 1000 for RESCALED_MSE: T times one term estimates the
             whole bound, which eq. 16 weighs by lambda = 0.001.
         """
-        frozen = torch.cat([frozen_mean, values], dim=1)
+        mean, values = model_output.chunk(2, dim=1)
+        frozen = torch.cat([mean.detach(), values], dim=1)
         bound = self._vb_terms_bpd(
             lambda *_: frozen, x_start=x_start, x_t=x_t, t=t, clip_denoised=False
         )["output"]
@@ -256,9 +255,9 @@ def _or_decoder_nll(
     """KL divergences [N] in nats, or where t = 0 the decoder's: DDPM eq. 5, L_{t-1} and L_0.
 
     On a CPU L_0 is computed for the few images at t = 0; elsewhere for all, as the host would have
-    to wait for the device to know which they are.
+    to wait for the device to know which they are. Under torch.func's transforms no value is known.
     """
-    if t.device.type != "cpu":
+    if t.device.type != "cpu" or torch._C._functorch.is_functorch_wrapped_tensor(t):
         return torch.where(t == 0, _decoder_nll(x_start, mean, log_variance), kl)
     first = [i for i, step in enumerate(t.tolist()) if step == 0]
     if not first:

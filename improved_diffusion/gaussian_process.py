@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .predictions import ModelMeanType, coefficients, path_scale, to_x_start
-from .tables import _extract_into_tensor, carry_over, look_up, read_only
+from .tables import _extract_into_tensor, look_up, read_only, scaled
 
 Model = Callable[..., Tensor]
 Denoised = Callable[[Tensor], Tensor] | None
@@ -277,5 +277,4 @@ class GaussianProcess:
         """The timesteps as the model sees them, [N]."""
         if not self.rescale_timesteps:
             return t
-        scale = 1000.0 / self.num_timesteps
-        return carry_over(t, t.float() * scale, lambda values: values * scale)
+        return scaled(t, 1000.0 / self.num_timesteps)

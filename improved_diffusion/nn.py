@@ -48,10 +48,9 @@ class GroupNorm32(nn.GroupNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
-        if x.dtype not in HALVES or x.device.type != "cpu":
-            return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).type(x.dtype)
         # the kernel for CPUs takes halves beside float32 weights, and computes in float32
-        return F.group_norm(x, self.num_groups, weight, bias, self.eps)
+        ready = x if x.dtype in HALVES and x.device.type == "cpu" else x.float()
+        return F.group_norm(ready, self.num_groups, weight, bias, self.eps).type(x.dtype)
 
 
 def conv_nd(dims: int, *args: Any, **kwargs: Any) -> nn.Module:

@@ -162,8 +162,11 @@ def _fuses(params: Sequence[Tensor]) -> bool:
 def portable_state(opt: torch.optim.Optimizer) -> dict[str, Any]:
     """The optimiser's state to be stored, which does not say how this machine computes."""
     state = opt.state_dict()
-    unset = dict.fromkeys(HOW_IT_COMPUTES)
-    return {**state, "param_groups": [{**group, **unset} for group in state["param_groups"]]}
+    groups = [
+        {key: None if key in HOW_IT_COMPUTES else value for key, value in group.items()}
+        for group in state["param_groups"]
+    ]
+    return {**state, "param_groups": groups}
 
 
 def load_portable_state(opt: torch.optim.Optimizer, state: dict[str, Any]) -> None:
@@ -171,7 +174,8 @@ def load_portable_state(opt: torch.optim.Optimizer, state: dict[str, Any]) -> No
 
     :raises ValueError: if the state is that of other parameters; as other errors of torch's.
     """
-    how = {key: opt.param_groups[0][key] for key in HOW_IT_COMPUTES}
+    own = opt.param_groups[0]
+    how = {key: own[key] for key in HOW_IT_COMPUTES if key in own}
     # beforehand: it decides on which device the counts of steps are
     opt.load_state_dict(
         {**state, "param_groups": [{**group, **how} for group in state["param_groups"]]}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .errors import UserError
 from .gaussian_diffusion import GaussianDiffusion, Model
-from .tables import carry_over, device_table, read_only
+from .tables import mapped, read_only, scaled
 
 
 def space_timesteps(num_timesteps: int, section_counts: str | Sequence[int]) -> set[int]:
@@ -175,10 +175,7 @@ class _WrappedModel:
         :param x: [N, C, ...] input of the model.
         :param ts: [N] indices into the kept timesteps.
         """
-        original = device_table(self.timestep_map, ts.device, ts.dtype)[ts]
-        scale = 1.0
+        original = mapped(ts, self.timestep_map)
         if self.rescale_timesteps:
-            scale = 1000.0 / self.original_num_steps
-            original = original.float() * scale
-        carry_over(ts, original, lambda values: self.timestep_map[values.astype(int)] * scale)
+            original = scaled(original, 1000.0 / self.original_num_steps)
         return self.model(x, original, **kwargs)

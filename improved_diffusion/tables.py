@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -53,53 +53,69 @@ def look_up(timesteps: Tensor, like: Tensor, *tables: np.ndarray) -> tuple[Tenso
     :param tables: [T] each.
     :return: for each table its entries, float32 [N, 1, ...], on the device of ``timesteps``.
     """
-    return _stack(tables, timesteps.device, like.ndim - 1)[timesteps].unbind(1)
+    stack = _stack(tables, timesteps.device, like.ndim - 1)
+    return stack[timesteps.reshape(-1)].unbind(1)
 
 
 def _stack(tables: tuple[np.ndarray, ...], device: torch.device, ones: int) -> Tensor:
     """K tables as float32 [T, K, 1, ...], kept while they live if all of them are read-only."""
     key = (tuple(map(id, tables)), device, ones)
-    if key in _stacks:
+    locked = not any(table.flags.writeable for table in tables)
+    if locked and key in _stacks:
         return _stacks[key]
     with torch.inference_mode(False):  # also usable by later steps that need gradients
         stack = torch.tensor(np.stack(tables, axis=1), dtype=torch.float32, device=device)
         stack = stack.view(*stack.shape, *[1] * ones)
-    if not any(table.flags.writeable for table in tables):
+    if locked:
         _stacks[key] = stack
         for table in tables:
             weakref.finalize(table, _stacks.pop, key, None)
     return stack
 
 
-# -- what the host knows of timesteps on a device --------------------------------------------------
+# -- what the host knows of timesteps on a device ----------------------------------------------
 
-_VALUES = "_values_on_host"
+_NOTE = "_values_on_host"
 
 
 def remember(timesteps: Tensor, values: np.ndarray) -> Tensor:
     """Note what a tensor holds, so that :func:`on_host` need not wait for its device to tell.
 
-    :param timesteps: [N]; not to be changed in place.
-    :param values: float64 [N], or [1] where all are alike.
+    The note holds until the tensor is changed in place. Inference tensors, of which that is not
+    known, get none.
+
+    :param timesteps: [N].
+    :param values: its very values, [N], or [1] where all are alike.
     :return: ``timesteps``.
     """
-    setattr(timesteps, _VALUES, values)
+    if not timesteps.is_inference():
+        setattr(timesteps, _NOTE, (timesteps._version, values.astype(np.float64)))
     return timesteps
 
 
 def on_host(timesteps: Tensor) -> np.ndarray:
     """The values of timesteps, float64 [N], or [1] where all are known to be alike."""
-    values = getattr(timesteps, _VALUES, None)
+    values = _noted(timesteps)
     return timesteps.detach().cpu().double().numpy() if values is None else values
 
 
-def carry_over(
-    timesteps: Tensor, changed: Tensor, change: Callable[[np.ndarray], np.ndarray]
-) -> Tensor:
-    """Note what ``changed`` holds if it is known of ``timesteps``, from which it was made.
+def scaled(timesteps: Tensor, scale: float) -> Tensor:
+    """Timesteps times a number, float32, with the note that they carry."""
+    values, product = _noted(timesteps), timesteps.float() * scale
+    if values is None:
+        return product
+    return remember(product, values.astype(np.float32) * np.float32(scale))
 
-    :param change: makes the values of ``changed`` of those of ``timesteps``.
-    :return: ``changed``.
-    """
-    values = getattr(timesteps, _VALUES, None)
-    return changed if values is None else remember(changed, change(values))
+
+def mapped(timesteps: Tensor, table: np.ndarray) -> Tensor:
+    """The entries of an integer table [T] at timesteps, in their type, with the note they carry."""
+    values = _noted(timesteps)
+    entries = device_table(table, timesteps.device, timesteps.dtype)[timesteps]
+    return entries if values is None else remember(entries, table[values.astype(int)])
+
+
+def _noted(timesteps: Tensor) -> np.ndarray | None:
+    version, values = getattr(timesteps, _NOTE, (None, None))
+    if values is None or timesteps.is_inference() or timesteps._version != version:
+        return None
+    return values

@@ -294,6 +294,13 @@ def test_what_has_no_views_is_refused(arguments, words):
         Denoiser(Recorder(torch.zeros(1)), process(**arguments))
 
 
+@pytest.mark.parametrize("level", [np.float64(0.7), np.array(0.7), np.array([0.7, 0.7]), 0.7])
+def test_levels_may_be_numpys(level):
+    x, y = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
+    expected = convert(y, x, torch.tensor(0.7, dtype=torch.float64), "x_start", "eps")
+    torch.testing.assert_close(convert(y, x, level, "x_start", "eps"), expected)
+
+
 def test_unknown_views_are_refused():
     with pytest.raises(UserError, match="unknown view 'noise'; choose one of x_start, eps, v"):
         convert(torch.zeros(1), torch.zeros(1), 1.0, "noise", "v")

@@ -30,6 +30,7 @@ from improved_diffusion.losses import (
     mean_flat,
     normal_kl,
 )
+from improved_diffusion.process import create_gaussian_diffusion
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.rng import sample_generators
 from improved_diffusion.tables import _extract_into_tensor
@@ -782,3 +783,23 @@ def test_overrides_with_parameters_of_their_own_get_each_argument_under_its_name
     diffusion.ddim_sample_loop(model, (2, 3, 4, 4), **arguments)
     diffusion.calc_bpd_loop(model, torch.zeros(2, 3, 4, 4), model_kwargs={"y": labels})
     assert seen == [("ddpm", None, {"y": labels})] * 10 + [("ddim", None, {"y": labels})] * 10
+
+
+def test_learned_variance_has_gradients_per_sample():
+    """By torch.func.vmap, under which no value of t is known: as one by one."""
+    diffusion = create_gaussian_diffusion(steps=8, learn_sigma=True, noise_schedule="cosine")
+    torch.manual_seed(0)
+    x, noise, output = (torch.randn(3, c, 2, 2) for c in (1, 1, 2))
+    t = torch.tensor([0, 3, 0])
+
+    def loss(output, x, t, noise):
+        losses = diffusion.training_losses(
+            lambda *_: output[None], x[None], t[None], noise=noise[None]
+        )
+        return losses["loss"].sum()
+
+    together = torch.func.vmap(torch.func.grad(loss))(output, x, t, noise)
+    for row in range(3):
+        one = output[row].clone().requires_grad_()
+        (alone,) = torch.autograd.grad(loss(one, x[row], t[row], noise[row]), one)
+        torch.testing.assert_close(together[row], alone)

@@ -190,6 +190,13 @@ def test_normalization_of_half_precision_is_that_of_float32_rounded(dtype):
         assert error <= (spacing * exact.abs().max() if half.dtype == dtype else 2e-3)
 
 
+def test_normalization_of_half_precision_keeps_its_type_under_vmap():
+    layer, x = normalization(32), torch.randn(3, 2, 32, 4, 4).bfloat16()
+    out = torch.func.vmap(layer)(x)
+    assert out.dtype == torch.bfloat16
+    torch.testing.assert_close(out[1], layer(x[1]))
+
+
 @pytest.mark.parametrize(("channels", "nearest"), [(48, "32 or 64"), (100, "96 or 128"), (8, "32")])
 def test_normalization_of_other_channel_counts_is_an_error_with_the_nearest(channels, nearest):
     with pytest.raises(UserError) as error:

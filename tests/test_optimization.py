@@ -299,3 +299,14 @@ def test_model_computes_in_another_type_and_returns_float32(dtype):
 def test_conditions_reach_the_model_in_autocast():
     seen = autocast(lambda x, t, y=None: x + t + y, torch.bfloat16, "cpu")
     assert seen(torch.ones(1), torch.ones(1), y=torch.ones(1)).item() == 3
+
+
+def test_states_of_optimisers_that_have_no_fused_form_are_stored_and_loaded():
+    weight = torch.nn.Parameter(torch.ones(3))
+    first, second = (torch.optim.NAdam([weight], lr=1e-3) for _ in range(2))
+    weight.square().sum().backward()
+    first.step()
+    stored = portable_state(first)
+    assert "fused" not in stored["param_groups"][0]
+    load_portable_state(second, stored)
+    assert torch.equal(second.state[weight]["exp_avg"], first.state[weight]["exp_avg"])

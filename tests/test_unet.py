@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 from golden_data import group, load_json
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from improved_diffusion.errors import UserError
@@ -323,6 +324,15 @@ def test_attention_is_fused(dtype):
     names = {event.key for event in profile.key_averages()}
     assert "aten::_scaled_dot_product_flash_attention_for_cpu" in names
     assert "aten::_softmax" not in names
+
+
+def test_attention_by_its_formula_has_second_derivatives():
+    qkv = torch.randn(2, 3 * 4, 5, requires_grad=True)
+    with sdpa_kernel(SDPBackend.MATH):
+        (gradient,) = torch.autograd.grad(QKVAttention()(qkv).sum(), qkv, create_graph=True)
+        gradient.square().sum().backward()
+        torch.func.jvp(QKVAttention(), (qkv.detach(),), (torch.ones_like(qkv),))
+    assert qkv.grad.abs().max() > 0
 
 
 def test_attention_in_half_precision_survives_products_that_overflow_it():
