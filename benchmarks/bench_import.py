@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from measuring import paired
-from records import result_path, table, write_result
+from records import at_least, result_path, table, write_result
 
 from improved_diffusion.dist_util import run_main
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=at_least(1), default=9)
     parser.add_argument("--out", default=result_path("import"), help="result file")
     return parser
 

@@ -24,7 +24,7 @@ from measuring import paired, speedup
 from peers import missing, sampling_candidates
 from plain_sampling import PlainSampling
 from plain_unet import plain
-from records import result_path, table, write_result
+from records import at_least, result_path, table, write_result
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> None:
         for name, configuration in configurations.items()
     }
     outside = measure_outside(device, args.outside_steps, args.rounds)
-    result = {"configs": found, "outside": outside, "peers": missing() or "with peers"}
+    result = {"configs": found, "outside": outside, "left_out": missing()}
     print(report(result))
     write_result(args.out, result)
 
@@ -66,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default="small", help="separated by commas")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--measured_steps", type=int, default=4, help="of each sampler, timed")
-    parser.add_argument("--outside_steps", type=int, default=20, help="outside the network")
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--measured_steps", type=at_least(1), default=4, help="timed of each")
+    parser.add_argument("--outside_steps", type=at_least(1), default=20, help="outside the network")
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--out", default=result_path("sample"), help="result file")
     return parser
 
@@ -214,13 +214,13 @@ def _draw(x: Tensor, steps: int) -> None:
 
 def _outside(seconds: Mapping[str, list[float]], steps: int, draws: bool) -> dict:
     found: dict = {}
-    noise = statistics.median(seconds["noise"])
     for name, times in seconds.items():
         share = speedup(seconds, of=PLAIN, against=name)
         found[name] = {"seconds_per_step": statistics.median(times) / steps, "share": share}
-        if draws and name != "noise":
-            ours, theirs = statistics.median(times), statistics.median(seconds[PLAIN])
-            found[name]["share_without_noise"] = (ours - noise) / (theirs - noise)
+        if draws and name in (OURS, PLAIN):
+            rounds = zip(times, seconds[PLAIN], seconds["noise"], strict=True)
+            shares = [(own - noise) / (plain - noise) for own, plain, noise in rounds]
+            found[name]["share_without_noise"] = statistics.median(shares)
     return found
 
 
@@ -265,7 +265,7 @@ def report(result: dict) -> str:
         for key, one in result["outside"][sampler].items()
     ]
     header = ["outside", "by", "us per step", "of plain", "without noise", "operations"]
-    return "\n\n".join([*tables, table(header, rows), result["peers"]])
+    return "\n\n".join([*tables, table(header, rows), result["left_out"]]).rstrip()
 
 
 def _image_cells(one: dict) -> list[str]:

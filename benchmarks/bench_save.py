@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from configurations import Configuration, chosen
 from measuring import synchronise
-from records import result_path, table, write_result
+from records import at_least, result_path, table, write_result
 
 from improved_diffusion import logger
 from improved_diffusion.dist_util import run_main
@@ -53,8 +53,8 @@ def main(argv: list[str] | None = None) -> None:
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default=CONFIGS, help="separated by commas")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--out", default=result_path("save"), help="result file")
     return parser
 
@@ -180,6 +180,7 @@ class Timeline:
         taken = []
         while not self.loop.saver.written:
             taken.append(self.step())
+            self.loop.saver.check()
         return taken
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from measuring import paired
 from plain_unet import plain
-from records import result_path, table, write_result
+from records import at_least, result_path, table, write_result
 from scaling_model import FLOAT, Layout, Rings, Training, communication, describe, make_network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -78,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--processes", default="1,2,4", help="separated by commas; '': none")
     parser.add_argument("--out", default=result_path("scaling_one_host"), help="result file")
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)  # folder for its rows

@@ -14,8 +14,6 @@ prints tables and writes benchmarks/results/train.json.
 import argparse
 import contextlib
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,13 +22,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from configurations import CONFIGURATIONS, Configuration, chosen
-from measuring import added_memory, paired, speedup
+from measuring import added_memory, in_a_fresh_process, paired, speedup
 from peer_tasks import count_operations
 from peers import missing, training_candidates
 from PIL import Image
 from plain_training import PlainProcess, PlainTraining
 from plain_unet import plain
-from records import result_path, table, write_result
+from records import at_least, result_path, table, write_result
 from torch import Tensor, nn
 
 from improved_diffusion import logger
@@ -43,7 +41,7 @@ REFERENCE = "plain fp32"
 PRECISIONS = {"ours fp32": "fp32", "ours bf16": "bf16"}
 CHECKPOINTING = "ours fp32, checkpointing"
 LOSS_SHAPE = (16, 3, 32, 32)
-LOSSES_AT_ONCE = 20  # calls per round, each of which is short
+LOSSES_AT_ONCE = 64  # calls per round, each of which is short
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -78,9 +76,9 @@ def create_argparser() -> argparse.ArgumentParser:
         default="small,cifar10",
         help=f"of {', '.join(CONFIGURATIONS)}, separated by commas",
     )
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
-    parser.add_argument("--num_workers", type=int, default=1, help="that read pictures")
+    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
+    parser.add_argument("--num_workers", type=at_least(0), default=1, help="that read pictures")
     parser.add_argument("--out", default=result_path("train"), help="result file")
     # what a process of its own is started with, to measure its memory
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
@@ -194,6 +192,7 @@ def measure(
             for name in (REFERENCE, *PRECISIONS, *peers)
         },
     }
+    found["peers"] = {name: candidate.peer.versions for name, candidate in peers.items()}
     for name in PRECISIONS:
         found["steps"][name]["share_outside_the_network"] = statistics.median(
             1 - inside / whole
@@ -217,6 +216,7 @@ def step_facts(
         "images_per_second": images / median,
         "operations": operations[name],
         "speedup": speedup(seconds, of=name, against=REFERENCE),
+        "rounds_seconds": seconds[name],
     }
     ours = speedup(seconds, of=f"ours {name.split()[-1]}", against=name)
     share = operations["ours fp32"] / operations[name]
@@ -252,11 +252,13 @@ def losses_outside_the_network(device: torch.device) -> dict[str, Callable[[Tens
 
 
 def measure_losses(rounds: int, device: torch.device) -> dict:
-    """Seconds of a call with learned sigma; timesteps are drawn uniformly, 0 among them."""
+    """Seconds of a call with learned sigma; t is 0 in one of 64 batches, as often as by chance."""
     steps = CONFIGURATIONS["cifar10"].options.diffusion_steps
     draws = torch.Generator().manual_seed(0)
     sizes = (LOSSES_AT_ONCE, LOSS_SHAPE[0])
-    timesteps = torch.randint(steps, sizes, generator=draws).to(device)
+    timesteps = torch.randint(1, steps, sizes, generator=draws)
+    timesteps[0, 0] = 0
+    timesteps = timesteps.to(device)
 
     def all_of(run: Callable[[Tensor], Tensor]) -> Callable[[], None]:
         def calls() -> None:
@@ -272,10 +274,8 @@ def measure_losses(rounds: int, device: torch.device) -> dict:
 
 def memory_in_a_process(name: str, key: str, threads: int) -> int:
     """Bytes that training adds to a fresh process."""
-    words = [sys.executable, __file__, "--configs", name, "--memory_of", key]
-    words += ["--threads", str(threads)]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    words = [__file__, "--configs", name, "--memory_of", key, "--threads", str(threads)]
+    return in_a_fresh_process(words)
 
 
 def memory_of(configuration: Configuration, key: str, device: torch.device) -> int:

@@ -13,24 +13,25 @@ prints a table and writes benchmarks/results/unet.json.
 import argparse
 import contextlib
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from configurations import CONFIGURATIONS, Configuration, chosen
-from measuring import added_memory, matmul_peak, paired, speedup
+from measuring import added_memory, in_a_fresh_process, matmul, paired, speedup
 from peer_tasks import count_operations
 from peers import missing, unet_candidates
 from plain_unet import plain
-from records import result_path, table, write_result
+from records import at_least, result_path, table, write_result
 from torch import nn
 
+from improved_diffusion.compiling import compile_network
 from improved_diffusion.dist_util import run_main
 
 REFERENCE = "plain fp32"
 OURS, HALF, CHECKPOINTING = "ours fp32", "ours bf16", "ours fp32, checkpointing"
+COMPILED = "ours fp32, compiled"
+PEAK, HALF_PEAK = "product of matrices, fp32", "product of matrices, bf16"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -42,13 +43,11 @@ def main(argv: list[str] | None = None) -> None:
         (configuration,) = configurations.values()
         print(memory_of(configuration, args.memory_of, device))
         return
-    peaks = (matmul_peak(torch.float32, device), matmul_peak(torch.bfloat16, device))
-    found = {n: measure(n, c, args.rounds, device, peaks) for n, c in configurations.items()}
-    result = {
-        "peak_operations_per_second": {"fp32": peaks[0], "bf16": peaks[1]},
-        "left_out": missing(),
-        "configs": found,
+    found = {
+        name: measure(name, configuration, args.rounds, device, args.compile)
+        for name, configuration in configurations.items()
     }
+    result = {"left_out": missing(), "configs": found}
     print(report(result))
     write_result(args.out, result)
 
@@ -56,20 +55,24 @@ def main(argv: list[str] | None = None) -> None:
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default=",".join(CONFIGURATIONS), help="separated by commas")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--out", default=result_path("unet"), help="result file")
+    parser.add_argument("--compile", action="store_true", help="ours also compiled; takes minutes")
     # what a process of its own is started with, to measure its memory
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
     return parser
 
 
-def networks(configuration: Configuration, device: torch.device) -> dict[str, nn.Module]:
-    """The networks that are compared, with the same weights."""
-    ours = configuration.network(device)
-    recomputing = replace(configuration.options, use_checkpoint=True).model().to(device)
-    recomputing.load_state_dict(ours.state_dict())
-    return {REFERENCE: plain(ours), OURS: ours, HALF: ours, CHECKPOINTING: recomputing}
+def make_network(configuration: Configuration, key: str, device: torch.device) -> nn.Module:
+    """A network that is compared; all have the same weights."""
+    if key == CHECKPOINTING:
+        recomputing = replace(configuration.options, use_checkpoint=True)
+        configuration = replace(configuration, options=recomputing)
+    network = configuration.network(device)
+    if key == REFERENCE:
+        return plain(network)
+    return compile_network(network) if key == COMPILED else network
 
 
 def passes(
@@ -99,13 +102,14 @@ def measure(
     configuration: Configuration,
     rounds: int,
     device: torch.device,
-    peaks: tuple[float, float],
+    compiled: bool = False,
 ) -> dict:
     """Times, operations, shares of the peak and memory of one configuration.
 
-    :param peaks: operations per second of products of matrices, in float32 and bfloat16.
+    :param compiled: also of our network compiled by torch.compile.
     """
-    compared = networks(configuration, device)
+    keys = [REFERENCE, OURS, HALF, CHECKPOINTING, *([COMPILED] if compiled else [])]
+    compared = {key: make_network(configuration, key, device) for key in keys}
     found: dict = {
         "images": configuration.images(device),
         "parameters": sum(p.numel() for p in compared[OURS].parameters()),
@@ -114,6 +118,7 @@ def measure(
         key: passes(network, configuration, key == HALF, device)
         for key, network in compared.items()
     }
+    peaks = {PEAK: matmul(torch.float32, device), HALF_PEAK: matmul(torch.bfloat16, device)}
     with contextlib.ExitStack() as stack:
         peers = stack.enter_context(unet_candidates(configuration, device))
         for kind in ("forward", "training"):
@@ -122,20 +127,23 @@ def measure(
                 del of_kind[CHECKPOINTING]  # recomputes in the backward pass alone
             operations = dict.fromkeys(runs, count_operations(of_kind[REFERENCE]))
             operations |= {key: own[kind].facts["operations"] for key, own in peers.items()}
-            seconds = paired(of_kind, rounds)
-            found[kind] = {
-                key: facts(seconds, key, operations, peaks["bf16" in key]) for key in of_kind
-            }
+            seconds = paired({**of_kind, **peaks}, rounds)
+            found[kind] = {key: facts(seconds, key, operations) for key in of_kind}
+        found["peak_operations_per_second"] = {
+            name: 1 / statistics.median(seconds[name]) for name in peaks
+        }
+        found["peers"] = {name: own["forward"].peer.versions for name, own in peers.items()}
     for key in compared:
-        found["training"][key]["peak_memory_bytes"] = memory_in_a_process(name, key)
+        if key != COMPILED:
+            found["training"][key]["peak_memory_bytes"] = memory_in_a_process(name, key)
     return found
 
 
-def facts(
-    seconds: dict[str, list[float]], key: str, operations: dict[str, int], peak: float
-) -> dict:
+def facts(seconds: dict[str, list[float]], key: str, operations: dict[str, int]) -> dict:
     """What is reported of a candidate; its speed-ups are ratios of times, and of operations/s."""
     median = statistics.median(seconds[key])
+    peak = seconds[HALF_PEAK if "bf16" in key else PEAK]  # of an operation
+    shares = [operations[key] * p / s for p, s in zip(peak, seconds[key], strict=True)]
     times_plain = speedup(seconds, of=key, against=REFERENCE)
     work = operations[key] / operations[REFERENCE]
     return {
@@ -143,20 +151,20 @@ def facts(
         "operations": operations[key],
         "speedup": times_plain,
         "speedup_per_operation": {name: work * ratio for name, ratio in times_plain.items()},
-        "share_of_peak": operations[key] / median / peak,
+        "share_of_peak": statistics.median(shares),
+        "rounds_seconds": seconds[key],
     }
 
 
 def memory_in_a_process(name: str, key: str) -> int:
-    """Bytes that a training pass adds to a fresh process."""
-    words = [sys.executable, __file__, "--configs", name, "--memory_of", key]
-    done = subprocess.run(words, capture_output=True, text=True, check=True)
-    return int(done.stdout.split()[-1])
+    """Bytes that a training pass adds to a fresh process, with as many threads as here."""
+    words = [__file__, "--configs", name, "--memory_of", key]
+    return in_a_fresh_process([*words, "--threads", str(torch.get_num_threads())])
 
 
 def memory_of(configuration: Configuration, key: str, device: torch.device) -> int:
     """Bytes at the peak of a training pass of one network, above those before it."""
-    network = networks(configuration, device)[key]
+    network = make_network(configuration, key, device)
     return added_memory(passes(network, configuration, key == HALF, device)["training"])
 
 

@@ -7,12 +7,18 @@ is reported is the median over the rounds of the ratio within a round.
 from __future__ import annotations
 
 import contextlib
+import importlib
+import os
 import resource
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 
 import torch
+
+PRODUCTS = 4  # in a row, of which the fastest counts
 
 
 def paired(
@@ -60,33 +66,54 @@ def speedup(seconds: Mapping[str, list[float]], of: str, against: str) -> dict[s
     return {"median": median, "low": low, "high": high}
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, seconds: float = 1.0) -> float:
-    """The most operations per second that multiplying matrices reaches here.
+def matmul(dtype: torch.dtype, device: torch.device) -> Callable[[], float]:
+    """A candidate that is the machine's peak: products of matrices of the side that is best here.
 
-    :return: floating-point operations per second; of sides 512 to 4096 the best.
+    :return: a call makes some products, and returns the seconds of a floating-point operation in
+        the fastest of them.
     """
-    best = 0.0
-    for side in (512, 1024, 2048, 4096):
-        a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-        a @ b
-        ended = time.perf_counter() + seconds / 4
-        while time.perf_counter() < ended:
-            best = max(best, 2 * side**3 / _timed(lambda a=a, b=b: a @ b))
-    return best
+
+    def product(side: int) -> float:
+        a, b, c = (torch.randn(side, side, device=device).to(dtype) for _ in range(3))
+        seconds = [_timed(lambda: torch.mm(a, b, out=c)) for _ in range(PRODUCTS)]
+        return min(seconds) / (2 * side**3)
+
+    best = min((512, 1024, 2048, 4096), key=product)
+    return lambda: product(best)
 
 
 def added_memory(run: Callable[[], object]) -> int:
     """Bytes at the peak of a call, above those before it; in a process that has done little else.
 
-    A second call shows less: what the first has freed may still be the process's.
+    A second call shows less: what the first has freed may still be the process's. What torch loads
+    when activations are recomputed for the first time is loaded before.
     """
     if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
+    importlib.import_module("torch._dynamo")
     before = _resident_peak(reset=True)
     run()
     return _resident_peak() - before
+
+
+def in_a_fresh_process(words: list[str]) -> int:
+    """The number that a Python process prints last, such as what :func:`added_memory` finds.
+
+    Its allocator hands memory back to the system at once, so that what was freed before does not
+    hide what is added.
+    """
+    handing_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, **handing_back},
+    )
+    return int(done.stdout.split()[-1])
 
 
 def _resident_peak(reset: bool = False) -> int:

@@ -54,7 +54,8 @@ Settings = dict[str, Any]
 
 def missing() -> str:
     """Why there are no peers here, and what to do; "" if there are."""
-    return "" if PYTHON.exists() else "without peers: they need an environment, `make peers`"
+    made = PYTHON.parent.parent / ".made"
+    return "" if made.exists() else "without peers: they need an environment, `make peers`"
 
 
 # -- a worker -------------------------------------------------------------------------------------

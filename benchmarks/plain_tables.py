@@ -15,8 +15,17 @@ def look_up(table: np.ndarray, t: Tensor, shape: Sequence[int]) -> Tensor:
     :param shape: [N, ...], what to expand the entries to.
     :return: float32 of ``shape``, on the device of ``t``.
     """
-    # a copy first, as torch warns of sharing memory that must not be written to
-    entries = torch.from_numpy(np.array(table)).to(device=t.device)[t].float()
+    entries = torch.from_numpy(_writeable(table)).to(device=t.device)[t].float()
     while entries.ndim < len(shape):
         entries = entries[..., None]
     return entries.expand(shape)
+
+
+_copies: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+
+def _writeable(table: np.ndarray) -> np.ndarray:
+    """The table, or a copy made once: torch warns of sharing memory that must not be written to."""
+    if table.flags.writeable:
+        return table
+    return _copies.setdefault(id(table), (table, table.copy()))[1]

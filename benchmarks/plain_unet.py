@@ -47,6 +47,8 @@ class PlainAttention(nn.Module):
 
     def __init__(self, block: AttentionBlock) -> None:
         super().__init__()
+        if block.use_new_attention_order:
+            raise ValueError("the plain rendering has the published order of attention alone")
         self.num_heads = block.num_heads
         self.norm = PlainGroupNorm(block.norm)
         self.qkv = plain_conv(block.qkv)
@@ -75,7 +77,7 @@ def plain_conv(layer: nn.Conv1d) -> nn.Conv1d:
 def plain(model: nn.Module) -> nn.Module:
     """A copy of one of our networks, with the same weights, in textbook operations.
 
-    Its attention is that of ``use_new_attention_order=False``.
+    :raises ValueError: for ``use_new_attention_order=True``.
     """
     return _replaced(copy.deepcopy(model))
 

@@ -1,11 +1,13 @@
 """What the benchmarks leave: results as JSON with their circumstances, tables and pictures."""
 
+import argparse
 import json
 import os
 import platform
 import subprocess
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -18,12 +20,31 @@ ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
+def _load() -> list[float]:
+    return list(os.getloadavg()) if hasattr(os, "getloadavg") else []
+
+
+LOAD_BEFORE = _load()  # what the machine did before the benchmark
+
+
 def write_result(path: str | os.PathLike, result: Mapping) -> None:
     """Write a result as JSON with the circumstances it was measured in, and say so."""
+    complete = {**result, "circumstances": circumstances()}
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as file:
-        json.dump({**result, "circumstances": circumstances()}, file, indent=1)
+        json.dump(complete, file, indent=1)
     print(f"wrote {path}")
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """The type of an argument that is a number from ``least`` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"'{text}' is no number from {least} on")
+        return int(text)
+
+    return number
 
 
 def result_path(name: str) -> str:
@@ -45,7 +66,9 @@ def circumstances() -> dict:
         "system": platform.system(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None,
         "threads": torch.get_num_threads(),
-        "load": list(os.getloadavg()) if hasattr(os, "getloadavg") else [],
+        "arguments": sys.argv[1:],
+        "load_before": LOAD_BEFORE,
+        "load": _load(),
         "commit": _commit(),
         "date": time.strftime("%Y-%m-%d"),
     }
@@ -64,13 +87,19 @@ def device_name() -> str:
 
 
 def _commit() -> str:
-    """The commit of the working tree, with a + if it has changed since; '' outside of git."""
+    """The commit of the working tree, with a + if it has changed since; '' outside of git.
+
+    Results, and the document with their tables, are no change.
+    """
+    ours = ["--", ".", ":!benchmarks/results", ":!docs/performance.md"]
     git = ["git", "-C", str(ROOT)]
     try:
         name = subprocess.run(
             [*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True
         )
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+        changed = subprocess.run(
+            [*git, "status", "--porcelain", *ours], capture_output=True, text=True
+        )
     except OSError:
         return ""
     return name.stdout.strip() + ("+" if changed.stdout.strip() else "")

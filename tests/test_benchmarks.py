@@ -59,14 +59,34 @@ def test_record_tells_the_circumstances(records, tmp_path):
     assert about["commit"]
 
 
-def test_peak_is_more_than_a_single_product_reaches(measuring):
-    peak = measuring.matmul_peak(torch.float32, torch.device("cpu"), seconds=0.2)
-    assert 1e8 < peak < 1e15
+def test_peak_is_in_seconds_of_an_operation(measuring):
+    product = measuring.matmul(torch.float32, torch.device("cpu"))
+    assert 1e8 < 1 / product() < 1e15
 
 
 def test_memory_is_what_a_call_adds(measuring):
     added = measuring.added_memory(lambda: torch.ones(16 << 20))
     assert 48 << 20 < added < 128 << 20
+
+
+def test_memory_is_counted_in_a_process_of_its_own(measuring, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text("import os\nprint('words', 7, len(os.environ['MALLOC_TRIM_THRESHOLD_']))")
+    assert measuring.in_a_fresh_process([str(script)]) == 5
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5"])
+def test_numbers_that_are_too_small_are_refused(text, capsys):
+    parser = load_module("benchmarks", "bench_import").create_argparser()
+    with pytest.raises(SystemExit) as error:
+        parser.parse_args(["--rounds", text])
+    assert error.value.code == 2
+    assert f"argument --rounds: '{text}' is no number from 1 on" in capsys.readouterr().err
+
+
+def test_plain_rendering_of_another_attention_is_refused(plain):
+    with pytest.raises(ValueError, match="published order"):
+        plain(small_unet(use_new_attention_order=True))
 
 
 def test_unknown_configuration_is_named():
@@ -106,7 +126,7 @@ def test_network_is_measured_beside_the_plain_rendering(tmp_path, monkeypatch, c
     tiny = configurations.Configuration(options, batch=2, batch_on_gpu=2)
     monkeypatch.setitem(configurations.CONFIGURATIONS, "small", tiny)
     monkeypatch.setattr(bench, "memory_in_a_process", lambda name, key: 7_000_000)
-    monkeypatch.setattr(bench, "matmul_peak", lambda dtype, device: 1e12)
+    monkeypatch.setattr(bench, "matmul", lambda dtype, device: lambda: 1e-12)
     monkeypatch.setattr(load_module("benchmarks", "peers"), "PYTHON", tmp_path / "none")
     out, threads = tmp_path / "unet.json", str(torch.get_num_threads())
     words = ["--configs", "small", "--rounds", "1", "--threads", threads]
