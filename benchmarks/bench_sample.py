@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default="small", help="separated by commas")
-    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--measured_steps", type=at_least(1), default=4, help="timed of each")
     parser.add_argument("--outside_steps", type=at_least(1), default=20, help="outside the network")
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")

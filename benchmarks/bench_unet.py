@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--configs", default=",".join(CONFIGURATIONS), help="separated by commas")
-    parser.add_argument("--rounds", type=at_least(1), default=7)
+    parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--out", default=result_path("unet"), help="result file")
     parser.add_argument("--compile", action="store_true", help="ours also compiled; takes minutes")
