@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from configurations import Configuration, chosen
-from measuring import paired, speedup
+from measuring import paired, speedup, warm
 from peers import missing, sampling_candidates
 from plain_sampling import PlainSampling
 from plain_unet import plain
@@ -200,7 +200,8 @@ def measure_outside(device: torch.device, steps: int, rounds: int) -> dict:
                 for name, run in _of_sampler(peers, sampler).items()
             }
             noise = {"noise": lambda: _draw(sampling.x, steps)}
-            seconds = paired({**own, **of_peers, **noise}, rounds)
+            candidates = {**own, **of_peers, **noise}
+            seconds = paired({name: warm(run) for name, run in candidates.items()}, rounds)
             found[sampler] = _outside(seconds, steps, draws=sampler != "dpmpp_2m")
             for name, run in own.items():
                 found[sampler][name]["operations"] = count_operations(run) / steps
