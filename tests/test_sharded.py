@@ -30,6 +30,9 @@ from improved_diffusion import checkpoint, sharded, stored_flags
 from improved_diffusion.errors import UserError
 
 STEP = 20
+# Of the tests' network: the last norm has one channel a group and takes these biases away again,
+# so their gradients are rounding alone, which Adam makes whole steps of
+IDLE = {"output_blocks.3.0.out_layers.3.bias", "output_blocks.3.0.skip_connection.bias"}
 
 
 @pytest.fixture
@@ -293,7 +296,8 @@ def test_shared_training_stops_goes_on_and_samples(tmp_path, digits_dir, monkeyp
     assert "model000012.pt" in succeed(merge(tmp_path, checkpoint="run")).stdout
     for name in ("model000012.pt", "ema_0.9_000012.pt"):
         ours, theirs = (torch.load(tmp_path / run / name) for run in ("run", "alone"))
-        assert max((ours[k] - theirs[k]).abs().max().item() for k in ours) < 1e-5, name
+        far = {k: (ours[k] - theirs[k]).abs().max().item() for k in ours}
+        assert all(far[k] < (1e-4 if k in IDLE else 1e-6) for k in ours), name
     bounds = [last_of("val_ema_bpd", tmp_path / run) for run in ("run", "alone")]
     assert bounds[0] == pytest.approx(bounds[1], rel=1e-4)
     assert (tmp_path / "run" / "preview_000006.png").exists()
