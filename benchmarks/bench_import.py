@@ -17,7 +17,7 @@ import sys
 from typing import Any
 
 from measuring import paired
-from records import at_least, result_path, table, write_result
+from records import at_least, output_file, result_path, table, write_result
 
 from improved_diffusion.dist_util import run_main
 
@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> None:
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=at_least(1), default=9)
-    parser.add_argument("--out", default=result_path("import"), help="result file")
+    parser.add_argument(
+        "--out", type=output_file, default=result_path("import"), help="result file"
+    )
     return parser
 
 

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from measuring import paired
 from PIL import Image, ImageFilter
-from records import at_least, result_path, table, write_result
+from records import above_zero, at_least, output_file, result_path, table, write_result
 
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.image_datasets import list_images, load_data, load_pixels, open_dataset
@@ -213,8 +213,10 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--image_size", type=at_least(1), default=64, help="that they are read at")
     parser.add_argument("--batch_size", type=at_least(1), default=64, help="images per batch")
     parser.add_argument("--rounds", type=at_least(1), default=5, help="of all ways")
-    parser.add_argument("--seconds", type=float, default=SECONDS, help="of one measurement")
-    parser.add_argument("--out", default=result_path("loader"), help="result file")
+    parser.add_argument("--seconds", type=above_zero, default=SECONDS, help="of one measurement")
+    parser.add_argument(
+        "--out", type=output_file, default=result_path("loader"), help="result file"
+    )
     return parser
 
 

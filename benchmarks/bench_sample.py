@@ -8,7 +8,8 @@ returns a fixed tensor; what drawing the noise costs is told apart, as nobody ca
 
     python benchmarks/bench_sample.py --configs small --rounds 5
 
-prints tables and writes benchmarks/results/sample.json.
+prints tables and writes benchmarks/results/sample.json. On a GPU (results/sample_CARD.json) all
+configurations, also with TF32 and in bfloat16, and each of ours compiled.
 """
 
 import argparse
@@ -19,14 +20,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from configurations import Configuration, chosen
+from configurations import CONFIGURATIONS, Configuration, chosen
 from measuring import paired, speedup, warm
 from peers import missing, sampling_candidates
 from plain_sampling import PlainSampling
 from plain_unet import plain
-from records import at_least, result_path, table, write_result
+from records import at_least, output_file, result_path, table, write_result
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from variants import autocast, compiled_if_named, switched, variants
 
 from improved_diffusion.denoiser import Denoiser
 from improved_diffusion.dist_util import run_main
@@ -37,6 +39,7 @@ from improved_diffusion.solvers import sample_dpmpp_2m
 
 STEPS = {"ddpm": 250, "ddim": 50, "dpmpp_2m": 15}
 OURS, PLAIN = "ours", "plain"
+REFERENCE = "plain fp32"
 # of the step outside the network: the network's size does not matter
 OUTSIDE = Configuration(
     ModelAndDiffusionOptions(
@@ -50,11 +53,11 @@ LARGEST_PIECE = 30 << 20  # bytes
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    configurations = chosen(args.configs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configurations = chosen(args.configs or default_configurations(device))
     torch.set_num_threads(args.threads or torch.get_num_threads())
     found = {
-        name: measure_images(configuration, device, args.measured_steps, args.rounds)
+        name: measure_images(configuration, device, args.measured_steps, args.rounds, args.compile)
         for name, configuration in configurations.items()
     }
     outside = measure_outside(device, args.outside_steps, args.rounds)
@@ -65,13 +68,23 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--configs", default="small", help="separated by commas")
+    parser.add_argument(
+        "--configs", help=f"of {', '.join(CONFIGURATIONS)}, separated by commas; all on a GPU"
+    )
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--measured_steps", type=at_least(1), default=4, help="timed of each")
     parser.add_argument("--outside_steps", type=at_least(1), default=20, help="outside the network")
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
-    parser.add_argument("--out", default=result_path("sample"), help="result file")
+    parser.add_argument(
+        "--out", type=output_file, default=result_path("sample"), help="result file"
+    )
+    parser.add_argument("--compile", action="store_true", help="ours also compiled; takes minutes")
     return parser
+
+
+def default_configurations(device: torch.device) -> str:
+    """Those that are measured unless it is said which."""
+    return "small" if device.type == "cpu" else ",".join(CONFIGURATIONS)
 
 
 # -- the samplers ---------------------------------------------------------------------------------
@@ -118,24 +131,31 @@ class Sampling:
 
 
 def measure_images(
-    configuration: Configuration, device: torch.device, measured: int, rounds: int
+    configuration: Configuration,
+    device: torch.device,
+    measured: int,
+    rounds: int,
+    compiled: bool = False,
 ) -> dict:
     """Images per second by each sampler, from the time of ``measured`` steps.
 
+    :param compiled: also of our network compiled by torch.compile, which a GPU's has anyway.
     :return: by sampler and network.
     """
-    network = configuration.network(device).eval()
-    networks: dict[str, nn.Module] = {OURS: network, PLAIN: plain(network)}
+    names = variants(device, compiled)
+    networks: dict[str, nn.Module] = {
+        name: compiled_if_named(configuration.network(device).eval(), name) for name in names
+    }
+    networks[REFERENCE] = plain(configuration.network(device).eval())
     sampling = Sampling.of(configuration, device, measured)
     few = dict.fromkeys(STEPS, measured)
     found: dict = {"images": len(sampling.x), "measured_steps": measured}
     with _peers(configuration, device, "sample", few) as peers:
         for sampler, steps in STEPS.items():
             candidates = {
-                OURS: lambda s=sampler: _run(sampling.ours, s, networks[OURS]),
-                PLAIN: lambda s=sampler: _run(sampling.plain, s, networks[PLAIN]),
-                **_of_sampler(peers, sampler),
-            }
+                name: switched(_drawing(sampling, sampler, name, network), name)
+                for name, network in networks.items()
+            } | _of_sampler(peers, sampler)
             seconds = paired(candidates, rounds)
             found[sampler] = {"steps": steps}
             for name, times in seconds.items():
@@ -143,9 +163,20 @@ def measure_images(
                 found[sampler][name] = {
                     "seconds_per_step": of_step,
                     "images_per_second": len(sampling.x) / (of_step * steps),
-                    "speedup": speedup(seconds, of=name, against=PLAIN),
+                    "speedup": speedup(seconds, of=name, against=REFERENCE),
                 }
     return found
+
+
+def _drawing(sampling: Sampling, sampler: str, name: str, network: nn.Module) -> Callable[[], None]:
+    """A candidate: samples by a network, in the precision of its name."""
+    sample = sampling.plain if name == REFERENCE else sampling.ours
+
+    def run() -> None:
+        with autocast(name, sampling.x.device):
+            sample(sampler, network)
+
+    return run
 
 
 def _run(sample: Callable[..., Tensor], sampler: str, model: Callable[..., Tensor]) -> None:
@@ -167,7 +198,7 @@ def _peers(
 def _of_sampler(
     candidates: Mapping[str, Callable[[], float]], sampler: str
 ) -> dict[str, Callable[[], float]]:
-    """A sampler's candidates of "diffusers ddim": by the names of their libraries."""
+    """A sampler's candidates, without its name: "diffusers fp32" of "diffusers fp32 ddim"."""
     split = {name: name.rsplit(" ", 1) for name in candidates}
     return {split[name][0]: run for name, run in candidates.items() if split[name][1] == sampler}
 

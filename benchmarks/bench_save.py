@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from configurations import Configuration, chosen
 from measuring import synchronise
-from records import at_least, result_path, table, write_result
+from records import at_least, output_file, result_path, table, write_result
 
 from improved_diffusion import logger
 from improved_diffusion.dist_util import run_main
@@ -55,7 +55,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--configs", default=CONFIGS, help="separated by commas")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
-    parser.add_argument("--out", default=result_path("save"), help="result file")
+    parser.add_argument("--out", type=output_file, default=result_path("save"), help="result file")
     return parser
 
 

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 from measuring import paired
 from plain_unet import plain
-from records import at_least, result_path, table, write_result
+from records import at_least, output_file, result_path, table, write_result
 from scaling_model import FLOAT, Layout, Rings, Training, communication, describe, make_network
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,7 +38,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from improved_diffusion import dist_util
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
-from improved_diffusion.flags import numbers
+from improved_diffusion.flags import numbers, require
 from improved_diffusion.parallel import no_sync, replicate
 
 # the network and the images per pass; of each axis one of them changes
@@ -68,8 +68,8 @@ def main(argv: list[str] | None = None) -> None:
         return
     torch.set_num_threads(args.threads or torch.get_num_threads())
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    counts = process_counts(args.processes)
     axes = {name: measure_axis(name, sizes, args.rounds, device) for name, sizes in AXES.items()}
-    counts = numbers("processes", args.processes, int)
     spread = [row for count in counts for row in measure_processes(count, args.rounds)]
     result = {"axes": axes, "processes": spread}
     print(report(result))
@@ -81,7 +81,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--processes", default="1,2,4", help="separated by commas; '': none")
-    parser.add_argument("--out", default=result_path("scaling_one_host"), help="result file")
+    parser.add_argument(
+        "--out", type=output_file, default=result_path("scaling_one_host"), help="result file"
+    )
     parser.add_argument("--worker", default="", help=argparse.SUPPRESS)  # folder for its rows
     return parser
 
@@ -148,6 +150,17 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
 
 
 # -- processes --------------------------------------------------------------------------------
+
+
+def process_counts(text: str) -> list[int]:
+    """Numbers of processes, separated by commas; none of an empty text.
+
+    :raises ValueError: naming the flag, unless each has an image of those of all together.
+    """
+    counts = numbers("processes", text)
+    fits = all(1 <= count <= IMAGES for count in counts)
+    require(fits, "processes", text, f"numbers in 1 ... {IMAGES}, separated by commas")
+    return counts
 
 
 def measure_processes(count: int, rounds: int) -> list[dict[str, Any]]:

@@ -8,7 +8,8 @@ outside of the network, and the update with gradient norm and averages.
 
     python benchmarks/bench_train.py --configs small --rounds 7
 
-prints tables and writes benchmarks/results/train.json.
+prints tables and writes benchmarks/results/train.json. On a GPU (results/train_CARD.json) also with
+TF32, and each of ours compiled.
 """
 
 import argparse
@@ -28,8 +29,9 @@ from peers import missing, training_candidates
 from PIL import Image
 from plain_training import PlainProcess, PlainTraining
 from plain_unet import plain
-from records import at_least, result_path, table, write_result
+from records import at_least, output_file, result_path, table, write_result
 from torch import Tensor, nn
+from variants import BF16, FP32, compiled_if_named, precision_of, switched, variants
 
 from improved_diffusion import logger
 from improved_diffusion.dist_util import run_main
@@ -38,8 +40,7 @@ from improved_diffusion.optimization import OptimizationOptions
 from improved_diffusion.train_util import TrainLoop
 
 REFERENCE = "plain fp32"
-PRECISIONS = {"ours fp32": "fp32", "ours bf16": "bf16"}
-CHECKPOINTING = "ours fp32, checkpointing"
+OURS, HALF, CHECKPOINTING = "ours fp32", "ours bf16", "ours fp32, checkpointing"
 LOSS_SHAPE = (16, 3, 32, 32)
 LOSSES_AT_ONCE = 64  # calls per round, each of which is short
 
@@ -59,10 +60,10 @@ def main(argv: list[str] | None = None) -> None:
         "configs": {},
     }
     for name, configuration in configurations.items():
-        found = measure(configuration, args.rounds, args.num_workers, device)
+        found = measure(configuration, args.rounds, args.num_workers, device, args.compile)
         found["peak_memory_bytes"] = {
             key: memory_in_a_process(name, key, args.threads)
-            for key in (REFERENCE, *PRECISIONS, CHECKPOINTING)
+            for key in (REFERENCE, OURS, HALF, CHECKPOINTING)
         }
         result["configs"][name] = found
     print(report(result))
@@ -71,15 +72,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--configs",
-        default="small,cifar10",
-        help=f"of {', '.join(CONFIGURATIONS)}, separated by commas",
-    )
+    parser.add_argument("--configs", default=",".join(CONFIGURATIONS), help="separated by commas")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--num_workers", type=at_least(0), default=1, help="that read pictures")
-    parser.add_argument("--out", default=result_path("train"), help="result file")
+    parser.add_argument("--out", type=output_file, default=result_path("train"), help="result file")
+    parser.add_argument("--compile", action="store_true", help="ours also compiled; takes minutes")
     # what a process of its own is started with, to measure its memory
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
     return parser
@@ -100,9 +98,9 @@ def pictures(folder: str, size: int, images: int, num_workers: int) -> ImageStre
 
 
 def make_loop(
-    model: nn.Module, configuration: Configuration, data: ImageStream, precision: str
+    model: nn.Module, configuration: Configuration, data: ImageStream, name: str
 ) -> TrainLoop:
-    """Our training of a model, with the scripts' defaults."""
+    """Our training of a model, with the scripts' defaults and the precision of a candidate."""
     return TrainLoop(
         model=model,
         diffusion=configuration.options.diffusion(),
@@ -115,7 +113,7 @@ def make_loop(
         save_interval=10**9,
         resume_checkpoint="",
         seed=0,
-        optimization=OptimizationOptions(precision=precision),
+        optimization=OptimizationOptions(precision=BF16 if precision_of(name) == BF16 else FP32),
     )
 
 
@@ -157,33 +155,41 @@ def network_pass(loop: TrainLoop, size: int) -> Callable[[], object]:
 
 
 def measure(
-    configuration: Configuration, rounds: int, num_workers: int, device: torch.device
+    configuration: Configuration,
+    rounds: int,
+    num_workers: int,
+    device: torch.device,
+    compiled: bool = False,
 ) -> dict:
-    """Steps and their parts of one configuration."""
+    """Steps and their parts of one configuration.
+
+    :param compiled: also of our network compiled by torch.compile, which a GPU's has anyway.
+    """
+    ours = variants(device, compiled)
     size, images = configuration.options.image_size, configuration.images(device)
     network = configuration.network(device)
     training = PlainTraining(plain(network), configuration.options.diffusion())
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         stack.enter_context(logger.scoped_configure(f"{folder}/run", ["csv"]))
-        streams = [pictures(folder, size, images, num_workers) for _ in range(len(PRECISIONS) + 1)]
-        candidates = {REFERENCE: plain_step(training, streams.pop())}
+        streams = [pictures(folder, size, images, num_workers) for _ in range(len(ours) + 1)]
+        candidates = {REFERENCE: switched(plain_step(training, streams.pop()), REFERENCE)}
         loops = {}
-        for name, precision in PRECISIONS.items():
-            model = configuration.network(device)
-            loops[name] = make_loop(model, configuration, streams.pop(), precision)
-            candidates[name] = our_step(loops[name])
-            candidates[alone(name)] = network_pass(loops[name], size)
+        for name in ours:
+            model = compiled_if_named(configuration.network(device), name)
+            loops[name] = make_loop(model, configuration, streams.pop(), name)
+            candidates[name] = switched(our_step(loops[name]), name)
+            candidates[alone(name)] = switched(network_pass(loops[name], size), name)
         seconds = paired(candidates, rounds)
         # apart: who comes after another process's turn finds threads asleep and caches cold
         peers = stack.enter_context(training_candidates(configuration, device))
-        beside = paired({name: candidates[name] for name in PRECISIONS} | peers, rounds)
+        beside = paired({name: candidates[name] for name in ours} | peers, rounds)
         updates = {
             "plain": training.update,
-            "ours": loops["ours fp32"]._update_weights,
+            "ours": loops[OURS]._update_weights,
         }
         update_seconds = paired(updates, rounds)
-        operations = dict.fromkeys(candidates, count_operations(candidates[alone("ours fp32")]))
+        operations = dict.fromkeys(candidates, count_operations(candidates[alone(OURS)]))
         operations |= {name: peer.facts["operations"] for name, peer in peers.items()}
     found: dict = {
         "images": images,
@@ -191,11 +197,11 @@ def measure(
         "updates": compared(update_seconds),
         "steps": {
             name: step_facts(beside if name in peers else seconds, name, images, operations)
-            for name in (REFERENCE, *PRECISIONS, *peers)
+            for name in (REFERENCE, *ours, *peers)
         },
     }
     found["peers"] = {name: candidate.peer.versions for name, candidate in peers.items()}
-    for name in PRECISIONS:
+    for name in ours:
         found["steps"][name]["share_outside_the_network"] = statistics.median(
             1 - inside / whole
             for whole, inside in zip(seconds[name], seconds[alone(name)], strict=True)
@@ -221,8 +227,9 @@ def step_facts(
     }
     if REFERENCE in seconds:
         found["speedup"] = speedup(seconds, of=name, against=REFERENCE)
-    ours = speedup(seconds, of=f"ours {name.split()[-1]}", against=name)
-    share = operations["ours fp32"] / operations[name]
+    library = name.split()[0]
+    ours = speedup(seconds, of=name.replace(library, "ours"), against=name)
+    share = operations[OURS] / operations[name]
     found["ours_per_operation"] = {key: share * ratio for key, ratio in ours.items()}
     return found
 
@@ -297,7 +304,7 @@ def memory_of(configuration: Configuration, key: str, device: torch.device) -> i
             network = plain(network)
             step = plain_step(PlainTraining(network, configuration.options.diffusion()), data)
         else:
-            step = our_step(make_loop(network, configuration, data, PRECISIONS.get(key, "fp32")))
+            step = our_step(make_loop(network, configuration, data, key))
         return added_memory(lambda: (step(), step()))
 
 

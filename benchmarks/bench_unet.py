@@ -7,7 +7,8 @@ operations. All take turns. The peers (peers.py) need `make peers`, and are left
 
     python benchmarks/bench_unet.py --configs small --rounds 5
 
-prints a table and writes benchmarks/results/unet.json.
+prints a table and writes benchmarks/results/unet.json. On a GPU (results/unet_CARD.json) also with
+TF32, and each of ours compiled.
 """
 
 import argparse
@@ -18,20 +19,18 @@ from dataclasses import replace
 
 import torch
 from configurations import CONFIGURATIONS, Configuration, chosen
-from measuring import added_memory, in_a_fresh_process, matmul, paired, speedup
+from measuring import added_memory, in_a_fresh_process, paired, speedup
 from peer_tasks import count_operations
 from peers import missing, unet_candidates
 from plain_unet import plain
-from records import at_least, result_path, table, write_result
+from records import at_least, output_file, result_path, table, write_result
 from torch import nn
+from variants import autocast, compiled_if_named, peak_of, peaks, switched, variants
 
-from improved_diffusion.compiling import compile_network
 from improved_diffusion.dist_util import run_main
 
 REFERENCE = "plain fp32"
 OURS, HALF, CHECKPOINTING = "ours fp32", "ours bf16", "ours fp32, checkpointing"
-COMPILED = "ours fp32, compiled"
-PEAK, HALF_PEAK = "product of matrices, fp32", "product of matrices, bf16"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -57,7 +56,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--configs", default=",".join(CONFIGURATIONS), help="separated by commas")
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
-    parser.add_argument("--out", default=result_path("unet"), help="result file")
+    parser.add_argument("--out", type=output_file, default=result_path("unet"), help="result file")
     parser.add_argument("--compile", action="store_true", help="ours also compiled; takes minutes")
     # what a process of its own is started with, to measure its memory
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
@@ -70,31 +69,31 @@ def make_network(configuration: Configuration, key: str, device: torch.device) -
         recomputing = replace(configuration.options, use_checkpoint=True)
         configuration = replace(configuration, options=recomputing)
     network = configuration.network(device)
-    if key == REFERENCE:
-        return plain(network)
-    return compile_network(network) if key == COMPILED else network
+    return plain(network) if key == REFERENCE else compiled_if_named(network, key)
 
 
 def passes(
-    model: nn.Module, configuration: Configuration, half: bool, device: torch.device
+    model: nn.Module, configuration: Configuration, key: str, device: torch.device
 ) -> dict[str, Callable[[], object]]:
-    """A forward pass without gradients, and a forward and backward pass, of one network."""
+    """A forward pass without gradients, and a forward and backward pass, of one network.
+
+    :param key: the candidate's name, which ends with its precision.
+    """
     size, images = configuration.options.image_size, configuration.images(device)
     x = torch.randn(images, 3, size, size, device=device)
     t = torch.arange(images, device=device) * 10.0
-    autocast = torch.autocast(device.type, torch.bfloat16, enabled=half)
 
     def forward() -> None:
-        with torch.no_grad(), autocast:
+        with torch.no_grad(), autocast(key, device):
             model(x, t)
 
     def training() -> None:
         model.zero_grad()
-        with autocast:
+        with autocast(key, device):
             loss = model(x, t).float().square().mean()
         loss.backward()
 
-    return {"forward": forward, "training": training}
+    return {"forward": switched(forward, key), "training": switched(training, key)}
 
 
 def measure(
@@ -106,19 +105,16 @@ def measure(
 ) -> dict:
     """Times, operations, shares of the peak and memory of one configuration.
 
-    :param compiled: also of our network compiled by torch.compile.
+    :param compiled: also of our network compiled by torch.compile, which a GPU's has anyway.
     """
-    keys = [REFERENCE, OURS, HALF, CHECKPOINTING, *([COMPILED] if compiled else [])]
+    keys = [REFERENCE, *variants(device, compiled), CHECKPOINTING]
     compared = {key: make_network(configuration, key, device) for key in keys}
     found: dict = {
         "images": configuration.images(device),
         "parameters": sum(p.numel() for p in compared[OURS].parameters()),
     }
-    runs = {
-        key: passes(network, configuration, key == HALF, device)
-        for key, network in compared.items()
-    }
-    peaks = {PEAK: matmul(torch.float32, device), HALF_PEAK: matmul(torch.bfloat16, device)}
+    runs = {key: passes(network, configuration, key, device) for key, network in compared.items()}
+    products = peaks(device)
     with contextlib.ExitStack() as stack:
         peers = stack.enter_context(unet_candidates(configuration, device))
         for kind in ("forward", "training"):
@@ -127,22 +123,21 @@ def measure(
                 del of_kind[CHECKPOINTING]  # recomputes in the backward pass alone
             operations = dict.fromkeys(runs, count_operations(of_kind[REFERENCE]))
             operations |= {key: own[kind].facts["operations"] for key, own in peers.items()}
-            seconds = paired({**of_kind, **peaks}, rounds)
+            seconds = paired({**of_kind, **products}, rounds)
             found[kind] = {key: facts(seconds, key, operations) for key in of_kind}
         found["peak_operations_per_second"] = {
-            name: 1 / statistics.median(seconds[name]) for name in peaks
+            name: 1 / statistics.median(seconds[name]) for name in products
         }
         found["peers"] = {name: own["forward"].peer.versions for name, own in peers.items()}
-    for key in compared:
-        if key != COMPILED:
-            found["training"][key]["peak_memory_bytes"] = memory_in_a_process(name, key)
+    for key in (REFERENCE, OURS, HALF, CHECKPOINTING):
+        found["training"][key]["peak_memory_bytes"] = memory_in_a_process(name, key)
     return found
 
 
 def facts(seconds: dict[str, list[float]], key: str, operations: dict[str, int]) -> dict:
     """What is reported of a candidate; its speed-ups are ratios of times, and of operations/s."""
     median = statistics.median(seconds[key])
-    peak = seconds[HALF_PEAK if "bf16" in key else PEAK]  # of an operation
+    peak = seconds[peak_of(key)]  # of an operation
     shares = [operations[key] * p / s for p, s in zip(peak, seconds[key], strict=True)]
     times_plain = speedup(seconds, of=key, against=REFERENCE)
     work = operations[key] / operations[REFERENCE]
@@ -165,7 +160,7 @@ def memory_in_a_process(name: str, key: str) -> int:
 def memory_of(configuration: Configuration, key: str, device: torch.device) -> int:
     """Bytes at the peak of a training pass of one network, above those before it."""
     network = make_network(configuration, key, device)
-    return added_memory(passes(network, configuration, key == HALF, device)["training"])
+    return added_memory(passes(network, configuration, key, device)["training"])
 
 
 def report(result: dict) -> str:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_quality import measure
-from records import pyplot, write_result
+from records import output_file, pyplot, write_result
 
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
@@ -86,7 +86,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--classifier_path", default="", help="of classifier_train.py")
     parser.add_argument("--samples", type=int, default=1000, help="for each scale")
     parser.add_argument("--scales", default="", help="such as 1,3,8; '': a range for each kind")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/guidance_tradeoff.json"))
+    parser.add_argument(
+        "--out", type=output_file, default=str(ROOT / "benchmarks/results/guidance_tradeoff.json")
+    )
     parser.add_argument(
         "--picture", default=str(ROOT / "docs/guidance_tradeoff.png"), help="'' for none"
     )

@@ -153,13 +153,9 @@ def inputs(settings: Settings, device: torch.device) -> tuple[Tensor, Tensor]:
 
 @contextlib.contextmanager
 def precision(settings: Settings, device: torch.device) -> Iterator[None]:
-    """The precision of ``settings["precision"]``: "fp32" (default), or "bf16" by autocast.
-
-    ``settings["tf32"]`` are the switches of matrix products and of convolutions on a GPU.
-    """
-    switches = torch.backends.cuda.matmul, torch.backends.cudnn
-    for switch, allow in zip(switches, settings["tf32"], strict=True):
-        switch.allow_tf32 = allow
+    """``settings["precision"]``: "fp32" (default), "tf32" on a GPU, or "bf16" by autocast."""
+    for switch in (torch.backends.cuda.matmul, torch.backends.cudnn):
+        switch.allow_tf32 = settings.get("precision") == "tf32"
     half = settings.get("precision") == "bf16"
     with torch.autocast(device.type, torch.bfloat16, enabled=half):
         yield

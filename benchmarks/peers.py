@@ -11,8 +11,8 @@ of one library changes how the other runs. What can be prepared, with the settin
     sampling_step  a step of a sampler outside the network, with a fixed output (sampler, steps)
     sample         images by a sampler and the network (sampler, steps)
 
-each with precision "fp32" or "bf16" (autocast) and compile True or False, and on a GPU with TF32
-where it is on in this process. As candidates:
+each with precision "fp32" (without TF32), "tf32" or "bf16" (autocast), and compile True or False.
+As candidates, by the names of variants.py:
 
     with unet_candidates(CONFIGURATIONS["small"], device) as peers:
         seconds = paired({"ours": ours, "diffusers": peers["diffusers fp32"]["forward"]})
@@ -34,6 +34,7 @@ from typing import Any
 import torch
 from configurations import Configuration
 from torch import Tensor, nn
+from variants import is_compiled, precision_of, variants
 
 from improved_diffusion.blocks import AttentionBlock
 from improved_diffusion.diffusers_format import layout_of, scheduler_config, unet_config
@@ -114,8 +115,7 @@ class Peer:
         :param what: see the head of this module.
         :param more: settings beside those of ``settings``, such as precision.
         """
-        tf32 = [torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32]
-        answer = self._ask({"prepare": what, "settings": {"tf32": tf32, **settings, **more}})
+        answer = self._ask({"prepare": what, "settings": {**settings, **more}})
         return Prepared(self, answer["number"], answer["facts"])
 
     def run(self, number: int) -> float:
@@ -264,46 +264,37 @@ def workers(
 
 @contextlib.contextmanager
 def unet_candidates(
-    configuration: Configuration,
-    device: torch.device,
-    precisions: tuple[str, ...] = ("fp32", "bf16"),
-    compiled: bool = False,
+    configuration: Configuration, device: torch.device
 ) -> Iterator[dict[str, dict[str, Prepared]]]:
-    """What bench_unet.py compares with: "diffusers fp32" -> "forward" -> a candidate.
-
-    :param compiled: with torch.compile.
-    """
+    """What bench_unet.py compares with: "diffusers fp32" -> "forward" -> a candidate."""
     with workers(configuration, device) as peers:
-        yield _prepare(peers, PASSES, precisions, compiled)
+        yield _prepare(peers, PASSES, device)
 
 
 @contextlib.contextmanager
 def training_candidates(
-    configuration: Configuration,
-    device: torch.device,
-    precisions: tuple[str, ...] = ("fp32", "bf16"),
-    compiled: bool = False,
+    configuration: Configuration, device: torch.device
 ) -> Iterator[dict[str, Prepared]]:
     """What bench_train.py compares with: "diffusers fp32" -> a training step."""
     with workers(configuration, device) as peers:
-        found = _prepare(peers, ("training_step",), precisions, compiled)
+        found = _prepare(peers, ("training_step",), device)
         yield {name: of["training_step"] for name, of in found.items()}
 
 
 def _prepare(
     peers: Mapping[str, tuple[Peer, Settings]],
     tasks: tuple[str, ...],
-    precisions: tuple[str, ...],
-    compiled: bool,
+    device: torch.device,
 ) -> dict[str, dict[str, Prepared]]:
     return {
-        f"{kind} {precision}": {
-            what: peer.prepare(what, settings, precision=precision, compile=compiled)
-            for what in tasks
-        }
+        name: {what: peer.prepare(what, settings, **_how(name)) for what in tasks}
         for kind, (peer, settings) in peers.items()
-        for precision in precisions
+        for name in variants(device, whose=kind)
     }
+
+
+def _how(name: str) -> Settings:
+    return {"precision": precision_of(name), "compile": is_compiled(name)}
 
 
 @contextlib.contextmanager
@@ -312,20 +303,20 @@ def sampling_candidates(
     device: torch.device,
     what: str,
     steps: Mapping[str, int],
-    precision: str = "fp32",
 ) -> Iterator[dict[str, Prepared]]:
-    """What bench_sample.py compares with: "diffusers ddim" -> a candidate.
+    """What bench_sample.py compares with: "diffusers ddim" or "diffusers fp32 ddim" -> a candidate.
 
     :param what: "sampling_step", a step outside the network with a fixed output; or "sample",
-        a batch of images.
+        a batch of images, in each precision.
     :param steps: "ddpm", "ddim" or "dpmpp_2m" -> sampling steps; a peer without one leaves it out.
     """
     with workers(configuration, device) as peers:
         yield {
-            f"{kind} {sampler}": peer.prepare(
-                what, settings, sampler=sampler, steps=count, precision=precision
+            f"{name} {sampler}": peer.prepare(
+                what, settings, sampler=sampler, steps=count, **_how(name)
             )
             for kind, (peer, settings) in peers.items()
+            for name in (variants(device, whose=kind) if what == "sample" else [kind])
             for sampler, count in steps.items()
             if sampler in SAMPLERS[kind]
         }

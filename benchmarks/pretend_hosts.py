@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -41,9 +42,15 @@ def run(words: Sequence[str], processes: int, hosts: int = 1, mbits: int = 0) ->
     wrap = ["unshare", "--map-root-user", "--net"] if can_isolate() else []
     given = {"words": list(words), "processes": processes, "hosts": hosts, "mbits": mbits}
     command = [*wrap, sys.executable, __file__, json.dumps({**given, "isolated": bool(wrap)})]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr)
+    started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, messages = started.communicate()
+    except BaseException:  # such as Ctrl-C, which the new session does not hear of
+        os.killpg(started.pid, signal.SIGKILL)
+        started.wait()
+        raise
+    if started.returncode:
+        raise RuntimeError(messages)
 
 
 def sent_bytes() -> dict[str, int]:

@@ -1,7 +1,9 @@
 """What the benchmarks leave: results as JSON with their circumstances, tables and pictures."""
 
 import argparse
+import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
@@ -30,7 +32,6 @@ LOAD_BEFORE = _load()  # what the machine did before the benchmark
 def write_result(path: str | os.PathLike, result: Mapping) -> None:
     """Write a result as JSON with the circumstances it was measured in, and say so."""
     complete = {**result, "circumstances": circumstances()}
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     with open(path, "w") as file:
         json.dump(complete, file, indent=1)
     print(f"wrote {path}")
@@ -45,6 +46,26 @@ def at_least(least: int) -> Callable[[str], int]:
         return int(text)
 
     return number
+
+
+def above_zero(text: str) -> float:
+    """The type of an argument that is a time, say."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"'{text}' is no number above 0")
+
+
+def output_file(text: str) -> str:
+    """The type of an argument that names a file to write; its folder is made."""
+    folder = os.path.dirname(text) or "."
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"cannot make the folder of '{text}': {error}") from None
+    if os.path.isdir(text) or not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f"'{text}' is no file that can be written")
+    return text
 
 
 def result_path(name: str) -> str:

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from demo_quality import measure
-from records import pyplot, write_result
+from records import output_file, pyplot, write_result
 
 from improved_diffusion.dist_util import run_main
 from improved_diffusion.errors import UserError
@@ -74,7 +74,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--model_path", default="", help="checkpoint of the demo; '': mixture only")
     parser.add_argument("--samples", type=int, default=1000, help="of the demo, a setting")
     parser.add_argument("--mixture_samples", type=int, default=20000, help="a setting")
-    parser.add_argument("--out", default=str(ROOT / "benchmarks/results/solver_frontier.json"))
+    parser.add_argument(
+        "--out", type=output_file, default=str(ROOT / "benchmarks/results/solver_frontier.json")
+    )
     parser.add_argument(
         "--picture", default=str(ROOT / "docs/solver_frontier.png"), help="'' for none"
     )

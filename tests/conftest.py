@@ -8,7 +8,16 @@ import os
 import numpy as np
 import pytest
 import torch
-from script_runner import TINY, ForkingServer, start_script, succeed, write_digits
+from script_runner import (
+    TINY,
+    ForkingServer,
+    load_module,
+    start_script,
+    succeed,
+    write_digits,
+)
+
+from improved_diffusion.compiling import compile_network
 
 
 @pytest.fixture(autouse=True)
@@ -71,3 +80,13 @@ class TrainedModel:
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, digits_dir, run_script):
     return TrainedModel(tmp_path_factory.mktemp("trained").resolve(), digits_dir, run_script)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The benchmarks measure in a GPU's precisions; what they compile needs no compiler."""
+    variants = load_module("benchmarks", "variants")
+    monkeypatch.setattr(variants, "precisions", lambda device: ("fp32", "tf32", "bf16"))
+    monkeypatch.setattr(
+        variants, "compile_network", lambda network: compile_network(network, "aot_eager")
+    )

@@ -73,14 +73,23 @@ def test_networks_are_measured_with_all_samplers(bench, tiny, tmp_path, capsys):
     of_small = result["configs"]["small"]
     assert of_small["images"] == 2
     for sampler, steps in (("ddpm", 250), ("ddim", 50), ("dpmpp_2m", 15)):
-        one = of_small[sampler]["ours"]
+        one = of_small[sampler]["ours fp32"]
         assert of_small[sampler]["steps"] == steps
         rate = 2 / (one["seconds_per_step"] * steps)
         assert one["images_per_second"] == pytest.approx(rate)
         assert set(result["outside"][sampler]) == {"ours", "plain", "noise"}
     printed = capsys.readouterr().out
-    assert printed.count("| dpmpp_2m") == 5
+    assert printed.count("| dpmpp_2m") == 6
     assert "without peers" in printed
+
+
+def test_images_of_a_gpu_are_drawn_in_all_variants(bench, tiny, as_on_a_gpu):
+    found = bench.measure_images(tiny, CPU, 2, 1, compiled=True)
+    names = [f"ours {precision}" for precision in ("fp32", "tf32", "bf16")]
+    for sampler in bench.STEPS:
+        expected = {"steps", "plain fp32", *names, *(f"{name}, compiled" for name in names)}
+        assert set(found[sampler]) == expected
+    assert bench.default_configurations(torch.device("cuda")) == "small,cifar10,imagenet64"
 
 
 def test_step_outside_the_network_is_a_few_operations(bench):

@@ -1,6 +1,10 @@
 """The benchmark of scaling fits slopes, counts operations and lets real processes train."""
 
 import json
+import signal
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +62,36 @@ def test_share_expected_is_that_of_the_bytes_at_the_speed_of_the_probe(bench):
     assert found["share"] == pytest.approx(0.4)
     assert found["expected_share"] == pytest.approx(2 / 8)
     assert found["sent_bytes"] == pytest.approx(2 * 3 / 4 * 4 * parameters)
+
+
+@pytest.mark.parametrize("text", ["0", "2,9", "x"])
+def test_numbers_of_processes_that_cannot_be_are_refused_at_once(bench, text):
+    with pytest.raises(ValueError, match=f"--processes '?{text}"):
+        bench.main(["--processes", text])
+
+
+def test_processes_end_with_an_interruption_of_the_one_above(tmp_path):
+    """Also where it alone is interrupted, as by a kill of its process."""
+    hosts = load_module("benchmarks", "pretend_hosts")
+    script = tmp_path / "worker.py"
+    script.write_text(f"import os, time\nopen(f'{tmp_path}/{{os.getpid()}}', 'w')\ntime.sleep(60)")
+
+    def interrupt(number, frame):
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 5)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            hosts.run([sys.executable, str(script)], 2)
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    workers = [path.name for path in tmp_path.iterdir() if path.name.isdecimal()]
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(Path("/proc", worker, "exe").exists() for worker in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 @pytest.mark.slow

@@ -167,6 +167,17 @@ def test_record_has_steps_parts_and_memory(bench, tiny, tmp_path, monkeypatch, c
     assert "40%" in text
 
 
+def test_record_of_a_gpu_has_all_variants(bench, tiny, as_on_a_gpu):
+    found = bench.measure(tiny, 1, 0, torch.device("cpu"), compiled=True)
+    names = [f"ours {precision}" for precision in ("fp32", "tf32", "bf16")]
+    names += [f"{name}, compiled" for name in names]
+    assert list(found["steps"]) == ["plain fp32", *names]
+    for name in names:
+        step = found["steps"][name]
+        assert step["share_outside_the_network"] < 1
+        assert step["ours_per_operation"]["median"] == 1
+
+
 @pytest.mark.parametrize("key", ["plain fp32", "ours fp32, checkpointing"])
 def test_memory_of_a_step_is_counted(bench, tiny, key):
     bytes_added = bench.memory_of(tiny, key, torch.device("cpu"))

@@ -1,5 +1,6 @@
 """What the benchmarks share: pairs, records, and the plain rendering that computes the same."""
 
+import argparse
 import json
 import time
 
@@ -84,6 +85,24 @@ def test_numbers_that_are_too_small_are_refused(text, capsys):
     assert f"argument --rounds: '{text}' is no number from 1 on" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("text", ["0", "-1", "inf", "x"])
+def test_times_that_cannot_be_are_refused(records, text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}' is no number above 0"):
+        records.above_zero(text)
+
+
+def test_file_that_cannot_be_written_is_refused_before_it_is_measured(records, tmp_path, capsys):
+    assert records.output_file(str(tmp_path / "new" / "x.json")) == str(tmp_path / "new" / "x.json")
+    assert (tmp_path / "new").is_dir()
+    with pytest.raises(SystemExit) as error:
+        load_module("benchmarks", "bench_import").main(["--out", str(tmp_path)])
+    assert error.value.code == 2
+    assert f"'{tmp_path}' is no file that can be written" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    with pytest.raises(argparse.ArgumentTypeError, match="cannot make the folder"):
+        records.output_file(str(tmp_path / "file" / "x.json"))
+
+
 def test_plain_rendering_of_another_attention_is_refused(plain):
     with pytest.raises(ValueError, match="published order"):
         plain(small_unet(use_new_attention_order=True))
@@ -126,7 +145,8 @@ def test_network_is_measured_beside_the_plain_rendering(tmp_path, monkeypatch, c
     tiny = configurations.Configuration(options, batch=2, batch_on_gpu=2)
     monkeypatch.setitem(configurations.CONFIGURATIONS, "small", tiny)
     monkeypatch.setattr(bench, "memory_in_a_process", lambda name, key: 7_000_000)
-    monkeypatch.setattr(bench, "matmul", lambda dtype, device: lambda: 1e-12)
+    variants = load_module("benchmarks", "variants")
+    monkeypatch.setattr(variants, "matmul", lambda dtype, device: lambda: 1e-12)
     monkeypatch.setattr(load_module("benchmarks", "peers"), "PYTHON", tmp_path / "none")
     out, threads = tmp_path / "unet.json", str(torch.get_num_threads())
     words = ["--configs", "small", "--rounds", "1", "--threads", threads]
