@@ -1,6 +1,6 @@
 # make demo   train on handwritten digits, sample, look: three to four minutes on two cores
-# make test   all but the slow tests, about eleven minutes;  make test-slow  those, with the demo
-# make bench  what docs/performance.md shows, measured here; half an hour on two idle cores
+# make test   all but the slow tests, a quarter of an hour;  make test-slow  those, with the demo
+# make bench  what docs/performance.md shows, measured here; three quarters of an hour on two idle cores
 # make peers  the environment of the libraries that the benchmarks measure against
 # make check  lint, format and types, as CI runs it
 

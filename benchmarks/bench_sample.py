@@ -156,7 +156,7 @@ def measure_images(
                 name: switched(_drawing(sampling, sampler, name, network), name)
                 for name, network in networks.items()
             } | _of_sampler(peers, sampler)
-            seconds = paired(candidates, rounds)
+            seconds = paired(candidates, rounds * configuration.turns)
             found[sampler] = {"steps": steps}
             for name, times in seconds.items():
                 of_step = statistics.median(times) / measured
@@ -232,7 +232,7 @@ def measure_outside(device: torch.device, steps: int, rounds: int) -> dict:
             }
             noise = {"noise": lambda: _draw(sampling.x, steps)}
             candidates = {**own, **of_peers, **noise}
-            seconds = paired({name: warm(run) for name, run in candidates.items()}, rounds)
+            seconds = paired({name: warm(run) for name, run in candidates.items()}, 4 * rounds)
             found[sampler] = _outside(seconds, steps, draws=sampler != "dpmpp_2m")
             for name, run in own.items():
                 found[sampler][name]["operations"] = count_operations(run) / steps

@@ -72,7 +72,7 @@ def measure(configuration: Configuration, rounds: int, device: torch.device) -> 
                 timeline.step()
             first = timeline.step(save=BACKGROUND)
             timeline.until_written()
-            found = [one_round(timeline) for _ in range(rounds)]
+            found = [one_round(timeline) for _ in range(rounds * configuration.turns)]
         size = checkpoint_bytes(folder)
     return {
         "images": configuration.images(device),

@@ -7,7 +7,7 @@ share that this takes, beside the share expected of the bytes (scaling_model.py)
 an all-reduce. More processes than cores share them, which the table says. Clusters are in
 docs/scaling.md.
 
-    python benchmarks/bench_scaling.py --rounds 5
+    python benchmarks/bench_scaling.py --rounds 20
 
 prints tables and writes benchmarks/results/scaling_one_host.json.
 """
@@ -78,7 +78,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=at_least(1), default=5)
+    parser.add_argument("--rounds", type=at_least(1), default=20)
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--processes", default="1,2,4", help="separated by commas; '': none")
     parser.add_argument(

@@ -166,6 +166,7 @@ def measure(
     :param compiled: also of our network compiled by torch.compile, which a GPU's has anyway.
     """
     ours = variants(device, compiled)
+    rounds *= configuration.turns
     size, images = configuration.options.image_size, configuration.images(device)
     network = configuration.network(device)
     training = PlainTraining(plain(network), configuration.options.diffusion())

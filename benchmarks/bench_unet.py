@@ -123,7 +123,7 @@ def measure(
                 del of_kind[CHECKPOINTING]  # recomputes in the backward pass alone
             operations = dict.fromkeys(runs, count_operations(of_kind[REFERENCE]))
             operations |= {key: own[kind].facts["operations"] for key, own in peers.items()}
-            seconds = paired({**of_kind, **products}, rounds)
+            seconds = paired({**of_kind, **products}, rounds * configuration.turns)
             found[kind] = {key: facts(seconds, key, operations) for key in of_kind}
         found["peak_operations_per_second"] = {
             name: 1 / statistics.median(seconds[name]) for name in products

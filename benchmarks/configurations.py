@@ -13,11 +13,16 @@ from improved_diffusion.script_util import ModelAndDiffusionOptions
 
 @dataclass(frozen=True)
 class Configuration:
-    """A network and its process, by the flags of the scripts; images per batch on a CPU and GPU."""
+    """A network and its process, by the flags of the scripts; images per batch on a CPU and GPU.
+
+    :ivar turns: rounds measured for each that is asked for; more where a pass is short, which takes
+        little time and steadies the median.
+    """
 
     options: ModelAndDiffusionOptions
     batch: int
     batch_on_gpu: int
+    turns: int = 1
 
     def images(self, device: torch.device) -> int:
         """Images per batch on a device."""
@@ -40,6 +45,7 @@ CONFIGURATIONS = {
         ),
         batch=16,
         batch_on_gpu=256,
+        turns=4,
     ),
     "cifar10": Configuration(
         ModelAndDiffusionOptions(
