@@ -47,8 +47,8 @@ LOSSES_AT_ONCE = 64  # calls per round, each of which is short
 
 def main(argv: list[str] | None = None) -> None:
     args = create_argparser().parse_args(argv)
-    configurations = chosen(args.configs)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    configurations = chosen(args.configs or default_configurations(device))
     torch.set_num_threads(args.threads or torch.get_num_threads())
     if args.memory_of:
         (configuration,) = configurations.values()
@@ -72,7 +72,9 @@ def main(argv: list[str] | None = None) -> None:
 
 def create_argparser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--configs", default=",".join(CONFIGURATIONS), help="separated by commas")
+    parser.add_argument(
+        "--configs", help=f"of {', '.join(CONFIGURATIONS)}, separated by commas; all on a GPU"
+    )
     parser.add_argument("--rounds", type=at_least(1), default=5)
     parser.add_argument("--threads", type=at_least(0), default=0, help="0: torch's choice")
     parser.add_argument("--num_workers", type=at_least(0), default=1, help="that read pictures")
@@ -81,6 +83,12 @@ def create_argparser() -> argparse.ArgumentParser:
     # what a process of its own is started with, to measure its memory
     parser.add_argument("--memory_of", default="", help=argparse.SUPPRESS)
     return parser
+
+
+def default_configurations(device: torch.device) -> str:
+    """Those that are measured unless it is said which: imagenet64, with its peers, does not
+    fit in 24 GB."""
+    return "small,cifar10" if device.type == "cpu" else ",".join(CONFIGURATIONS)
 
 
 # -- the steps --------------------------------------------------------------------------------

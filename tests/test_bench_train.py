@@ -172,6 +172,7 @@ def test_record_of_a_gpu_has_all_variants(bench, tiny, as_on_a_gpu):
     names = [f"ours {precision}" for precision in ("fp32", "tf32", "bf16")]
     names += [f"{name}, compiled" for name in names]
     assert list(found["steps"]) == ["plain fp32", *names]
+    assert bench.default_configurations(torch.device("cuda")) == "small,cifar10,imagenet64"
     for name in names:
         step = found["steps"][name]
         assert step["share_outside_the_network"] < 1
