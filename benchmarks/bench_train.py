@@ -331,8 +331,8 @@ def report(result: dict) -> str:
             cells = [
                 f"{one['seconds'] * 1e3:.1f}",
                 f"{one['images_per_second']:.1f}",
-                f"{one['speedup']['median']:.2f}" if "speedup" in one else "",
-                f"{one['ours_per_operation']['median']:.2f}",
+                _with_quartiles(one["speedup"]) if "speedup" in one else "",
+                _with_quartiles(one["ours_per_operation"]),
                 "" if outside is None else f"{outside:.1%}",
             ]
             steps.append([name, key, *cells, *_memory(memory, key)])
@@ -345,6 +345,12 @@ def report(result: dict) -> str:
         result["left_out"],
     ]
     return "\n\n".join(tables).rstrip()
+
+
+def _with_quartiles(ratio: dict[str, float]) -> str:
+    if ratio["low"] == ratio["high"]:
+        return f"{ratio['median']:.2f}"
+    return "{median:.2f} ({low:.2f} to {high:.2f})".format(**ratio)
 
 
 def _memory(memory: dict[str, int], key: str) -> list[str]:

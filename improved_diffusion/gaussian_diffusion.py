@@ -164,10 +164,13 @@ class GaussianDiffusion(GaussianSampling):
         :return: [N] bits/dim; times T / 1000 for RESCALED_MSE: T times one term estimates the
             whole bound, which eq. 16 weighs by lambda = 0.001.
         """
-        mean, values = model_output.chunk(2, dim=1)
-        frozen = torch.cat([mean.detach(), values], dim=1)
         bound = self._vb_terms_bpd(
-            lambda *_: frozen, x_start=x_start, x_t=x_t, t=t, clip_denoised=False
+            lambda *_: model_output,
+            x_start=x_start,
+            x_t=x_t,
+            t=t,
+            clip_denoised=False,
+            variance_alone=True,
         )["output"]
         return bound * (
             self.num_timesteps / 1000.0 if self.loss_type == LossType.RESCALED_MSE else 1.0
@@ -181,9 +184,11 @@ class GaussianDiffusion(GaussianSampling):
         t: Tensor,
         clip_denoised: bool = True,
         model_kwargs: ModelKwargs = None,
+        variance_alone: bool = False,
     ) -> dict[str, Tensor]:
         """One term of the variational bound, DDPM eq. 5: L_{t-1}, or L_0 where t = 0.
 
+        :param variance_alone: no gradient reaches the model by the mean.
         :return: "output" [N] in bits/dim; "pred_xstart" [N, C, ...].
         """
         true_mean, _, true_log_variance = self.q_posterior_mean_variance(
@@ -192,8 +197,9 @@ class GaussianDiffusion(GaussianSampling):
         out = self.p_mean_variance(
             model, x_t, t, clip_denoised=clip_denoised, model_kwargs=model_kwargs
         )
-        kl = normal_kl(true_mean, true_log_variance, out["mean"], out["log_variance"])
-        nats = _or_decoder_nll(mean_flat(kl), x_start, out["mean"], out["log_variance"], t)
+        mean = out["mean"].detach() if variance_alone else out["mean"]
+        kl = normal_kl(true_mean, true_log_variance, mean, out["log_variance"])
+        nats = _or_decoder_nll(mean_flat(kl), x_start, mean, out["log_variance"], t)
         output = nats / math.log(2)
         return {"output": output, "pred_xstart": out["pred_xstart"]}
 
